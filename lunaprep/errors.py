@@ -1,0 +1,39 @@
+"""The errors a user can meet. Each message is one line: what, where, got, expected, what to do."""
+
+
+class LunaprepError(Exception):
+    """Base of all errors that are the input's or the machine's, not a bug; ``exit_code`` is the command's."""
+
+    exit_code = 1
+
+
+class UsageError(LunaprepError, ValueError):
+    """The command or call was given something that cannot work as it stands."""
+
+    exit_code = 2
+
+
+class ScanError(LunaprepError, ValueError):
+    """One scan cannot be used. It is reported, recorded in scans.parquet and skipped."""
+
+
+class TableError(LunaprepError, ValueError):
+    """A CSV file as a whole cannot be used (a bad row is only reported, not raised)."""
+
+
+class StoreError(LunaprepError, ValueError):
+    """A store, or one file of it, is not what its records say."""
+
+    exit_code = 4
+
+
+class NoSpaceError(LunaprepError, OSError):
+    """The disk is full, or would be."""
+
+    exit_code = 5
+
+
+class BusyError(LunaprepError, RuntimeError):
+    """Another build holds the lock of this store."""
+
+    exit_code = 75
