@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 FORMAT = "lunaprep-store"
-"""Value of the ``format`` key in store.json and of the ``format`` attribute of every HDF5 file."""
+"""Value of ``format`` in store.json and in the root attributes of volumes and of the front door."""
 
 FORMAT_VERSION = 1
 

@@ -1,0 +1,1 @@
+"""One scan: its header checked, its voxels read. The home of SimpleITK."""

@@ -1,0 +1,5 @@
+"""``python -m lunaprep``."""
+
+from lunaprep.cli import main
+
+main()

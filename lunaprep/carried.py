@@ -1,0 +1,80 @@
+"""Subsets of the store that this build does not touch, because their scans are not in the data folder."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lunaprep import schema
+from lunaprep.errors import UsageError
+from lunaprep.store.tables import read_table
+
+SHARD_ID = re.compile(r"subset(\d+)-(\d+)-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Rows and shards that go into the new store as they are."""
+
+    rows: pd.DataFrame
+    scans: pd.DataFrame
+    shards: tuple[dict[str, Any], ...]
+
+
+def shard_place(shard_id: str) -> tuple[int, int]:
+    """Subset and number of a shard.
+
+    >>> shard_place("subset3-012-0123456789ab")
+    (3, 12)
+    """
+    match = SHARD_ID.fullmatch(shard_id)
+    assert match, shard_id
+    return int(match[1]), int(match[2])
+
+
+def store_subsets(record: Mapping[str, Any] | None) -> set[int]:
+    """Subsets a store holds shards of."""
+    return {shard_place(shard["id"])[0] for shard in record["shards"]} if record else set()
+
+
+def carry_over(out: Path, record: Mapping[str, Any] | None, planned: Collection[int]) -> Carried:
+    """Take over what the store has of subsets that are not planned.
+
+    Raises
+    ------
+    StoreError
+        The store's tables are damaged.
+    """
+    keep = store_subsets(record) - set(planned)
+    if not keep or record is None:
+        empty = pd.DataFrame(columns=[column.name for column in schema.MANIFEST_COLUMNS])
+        return Carried(empty, pd.DataFrame(columns=[column.name for column in schema.SCAN_COLUMNS]), ())
+    rows = read_table(out / schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS)
+    scans = read_table(out / schema.SCANS_FILE, schema.SCAN_COLUMNS)
+    shards = tuple(shard for shard in record["shards"] if shard_place(shard["id"])[0] in keep)
+    return Carried(rows[rows["subset"].isin(keep)], scans[scans["subset"].isin(keep)], shards)
+
+
+def check_same_crops(carried: Carried, record: Mapping[str, Any] | None, wanted: Mapping[str, Any], dtype: str) -> None:
+    """Refuse to put crops made in another way beside those carried over.
+
+    Raises
+    ------
+    UsageError
+        A parameter that reaches the crops differs.
+    """
+    if not carried.shards or record is None:
+        return
+    had = {**record["parameters"], "dtype": record["crops"]["dtype"]}
+    want = {**wanted, "dtype": dtype}
+    for name in ("crop_shape", "hu", "edge", "dtype"):
+        if had[name] != want[name]:
+            subset = shard_place(carried.shards[0]["id"])[0]
+            message = (
+                f"subset{subset} of the store was made with {name} {had[name]}, not {want[name]}, and its scans are "
+                f"not in the data folder. Use --{name.replace('_', '-')} {had[name]}, or another --out"
+            )
+            raise UsageError(message)

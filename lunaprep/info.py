@@ -1,0 +1,421 @@
+"""What is in a store: its figures, as a dictionary or a text, and its candidates and series by name."""
+
+import difflib
+import textwrap
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lunaprep import schema
+from lunaprep.errors import UsageError
+
+DIAMETER_EDGES = (0, 3, 5, 8, 10, 15, 20, 30)
+"""Lower bounds of the diameter bins, mm; the last has no upper one."""
+
+MAX_FAILED = 10
+MIN_SUFFIX = 6
+WIDTH = 80
+
+
+class Store(Protocol):
+    """What this module needs of a store; `lunaprep.store.reader.Store` has it."""
+
+    @property
+    def store_id(self) -> str:
+        """Name of the content, 16 hex digits."""
+
+    @property
+    def dtype(self) -> str:
+        """Stored dtype of the crops, one of `schema.CROP_DTYPES`."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """``parameters`` of store.json."""
+
+    @property
+    def manifest(self) -> pd.DataFrame:
+        """A row per candidate, columns `schema.MANIFEST_COLUMNS`."""
+
+    @property
+    def scans(self) -> pd.DataFrame:
+        """A row per scan, columns `schema.SCAN_COLUMNS`."""
+
+
+class PictureStore(Protocol):
+    """What the pictures need of a store; `lunaprep.store.reader.Store` has it."""
+
+    @property
+    def manifest(self) -> pd.DataFrame:
+        """A row per candidate, columns `schema.MANIFEST_COLUMNS`."""
+
+    @property
+    def scans(self) -> pd.DataFrame:
+        """A row per scan, columns `schema.SCAN_COLUMNS`."""
+
+    def crops(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[np.float32]:
+        """HU of the crops of these manifest rows, (n, slices, rows, columns)."""
+
+    def open_volume(self, series_uid: str, /) -> AbstractContextManager[Any]:
+        """Context of the scan's HU dataset, (slices, rows, columns)."""
+
+
+def _diameter_bins(diameters: "pd.Series[float]") -> list[dict[str, Any]]:
+    """Number of nodules from each lower bound up to, not including, the next; last those without a diameter."""
+    values = diameters.dropna().to_numpy()
+    counts, _ = np.histogram(values, [*DIAMETER_EDGES, np.inf])
+    uppers = [*DIAMETER_EDGES[1:], None]
+    bins: list[dict[str, Any]] = [
+        {"from_mm": low, "to_mm": high, "nodules": int(n)}
+        for low, high, n in zip(DIAMETER_EDGES, uppers, counts, strict=True)
+    ]
+    return [*bins, {"from_mm": None, "to_mm": None, "nodules": int(diameters.isna().sum())}]
+
+
+def _by_subset(manifest: pd.DataFrame, scans: pd.DataFrame) -> list[dict[str, int]]:
+    """Scans that are in and that failed, crops, nodules, and crops by `split_series`, of each subset."""
+    table = pd.DataFrame(
+        {
+            "scans": scans[scans["status"] == "ok"].groupby("subset").size(),
+            "failed": scans[scans["status"] != "ok"].groupby("subset").size(),
+            "crops": manifest.groupby("subset").size(),
+            "nodules": manifest.groupby("subset")["is_nodule"].sum(),
+            **{s: manifest[manifest["split_series"] == s].groupby("subset").size() for s in schema.SPLITS},
+        }
+    )
+    rows = table.fillna(0).astype(int).sort_index().reset_index(names="subset").to_dict("records")
+    return [{str(key): int(value) for key, value in row.items()} for row in rows]
+
+
+def _by_split(manifest: pd.DataFrame, column: str) -> dict[str, dict[str, int]]:
+    """Crops, nodules and series in the train and the val part of a split."""
+    parts = {name: manifest[manifest[column] == name] for name in schema.SPLITS}
+    return {
+        name: {
+            "crops": len(part),
+            "nodules": int(part["is_nodule"].sum()),
+            "series": int(part["series_uid"].nunique()),
+        }
+        for name, part in parts.items()
+    }
+
+
+def store_info(store: Store) -> dict[str, Any]:
+    """Figures of a store, ready for JSON.
+
+    Parameters
+    ----------
+    store : Store
+        An opened store; only its tables are looked at.
+
+    Returns
+    -------
+    dict
+        ``store_id``, ``parameters``, ``dtype``, ``counts``, ``bytes``, ``by_class``, ``by_split`` (of
+        ``split_series`` and ``split_candidate``), ``by_subset`` (a list; train and val as in
+        ``split_series``), ``by_diameter`` (a list of bins ``from_mm <= d < to_mm``; the last, both null,
+        counts nodules without a diameter), ``diameter_mm`` (median and largest, or null), ``malignancy``
+        (of nodules) and ``failed`` (a list). A nodule here is a candidate of that class; ``counts.annotations``
+        are the annotated nodules they belong to.
+    """
+    manifest, scans = store.manifest, store.scans
+    nodules, ok = manifest[manifest["is_nodule"]], scans[scans["status"] == "ok"]
+    failed, malignant = scans[scans["status"] != "ok"], nodules["is_malignant"].astype("boolean")
+    diameters = nodules["diameter_mm"]
+    is_sized = bool(diameters.notna().any())
+    shape = tuple(int(side) for side in store.parameters["crop_shape"])
+    return {
+        "store_id": store.store_id,
+        "parameters": dict(store.parameters),
+        "dtype": store.dtype,
+        "counts": {
+            "scans_ok": len(ok),
+            "scans_failed": len(failed),
+            "volumes": int(ok["volume_file"].notna().sum()),
+            "patients": int(ok["patient_id"].nunique()),
+            "scans_without_patient": int(ok["patient_id"].isna().sum()),
+            "crops": len(manifest),
+            "nodules": len(nodules),
+            "annotations": int(nodules["annotation_id"].nunique()),
+            "padded_crops": int(manifest["is_padded"].sum()),
+        },
+        "bytes": {
+            "crops": len(manifest) * schema.crop_bytes(shape, store.dtype),
+            "volumes": int(ok["volume_bytes"].fillna(0).sum()),
+        },
+        "by_class": {"nodule": len(nodules), "other": len(manifest) - len(nodules)},
+        "by_split": {name: _by_split(manifest, name) for name in ("split_series", "split_candidate")},
+        "by_subset": _by_subset(manifest, scans),
+        "by_diameter": _diameter_bins(diameters),
+        "diameter_mm": {
+            "median": float(diameters.median()) if is_sized else None,
+            "largest": float(diameters.max()) if is_sized else None,
+        },
+        "malignancy": {
+            "malignant": int((malignant == True).sum()),  # noqa: E712 (a null is neither)
+            "benign": int((malignant == False).sum()),  # noqa: E712
+            "unknown": int(malignant.isna().sum()),
+        },
+        "failed": [
+            {
+                "series_uid": str(uid),
+                "subset": int(subset),
+                "reason": None if pd.isna(reason) else str(reason),
+            }
+            for uid, subset, reason in zip(
+                failed["series_uid"], failed["subset"], failed["reason"], strict=True
+            )
+        ],
+    }
+
+
+def _plural(number: int, word: str) -> str:
+    """``1 scan``, ``2,000 scans``."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _size(num_bytes: float) -> str:
+    """``12.3 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            break
+        num_bytes /= 1024
+    else:
+        unit = "TiB"
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def _bar(share: float, width: int) -> str:
+    """Bar of `share` of `width` characters, to an eighth of one; something wherever there is something.
+
+    >>> _bar(0.5, 3), _bar(0, 3), _bar(1e-9, 3)
+    ('█▌', '', '▏')
+    """
+    eighths = max(round(share * width * 8), int(share > 0))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _wrapped(label: str, parts: list[str]) -> list[str]:
+    """Label in a column of its own, then the parts with dots between, broken where the line is full."""
+    text = " · ".join(parts).replace(" ", "\u00a0").replace("\u00a0·\u00a0", "\u00a0· ")
+    lines = textwrap.wrap(text, WIDTH - 13, break_on_hyphens=False) or [""]
+    return [
+        f"{label if k == 0 else '':<11}  {line}".replace("\u00a0", " ").rstrip()
+        for k, line in enumerate(lines)
+    ]
+
+
+def _header(info: Mapping[str, Any]) -> list[str]:
+    """What the store is and how it was made."""
+    counts, parameters = info["counts"], info["parameters"]
+    people = [_plural(counts["patients"], "patient")] if counts["patients"] else []
+    of = f" of {_plural(counts['annotations'], 'annotated nodule')}" if counts["annotations"] else ""
+    scans = _plural(counts["scans_ok"], "scan") + f" ({counts['scans_failed']:,} failed)" * bool(
+        counts["scans_failed"]
+    )
+    sizes = info["bytes"]
+    low, high = parameters["hu"]
+    shape = " × ".join(str(side) for side in parameters["crop_shape"])
+    padded = f"{counts['padded_crops']:,} padded at the border"
+    volumes = (
+        [_plural(counts["volumes"], "volume"), _size(sizes["volumes"])] if counts["volumes"] else ["none"]
+    )
+    made = [
+        f"HU {low:g} to {high:g}".replace("-", "−"),
+        f"edge {parameters['edge']}",
+        f"match {parameters['match']}",
+    ]
+    return [
+        *_wrapped("store", [info["store_id"]]),
+        *_wrapped("holds", [scans, *people, _plural(counts["crops"], "crop")]),
+        *_wrapped("nodules", [_plural(counts["nodules"], "crop") + of]),
+        *_wrapped("crops", [shape, info["dtype"], _size(sizes["crops"]), padded]),
+        *_wrapped("volumes", volumes),
+        *_wrapped("made with", [*made, f"every {parameters['val_stride']}th for validation"]),
+    ]
+
+
+def _subset_table(info: Mapping[str, Any]) -> list[str]:
+    """A line per subset and the sum; train and val are crops by `split_series`."""
+    names = ["scans", "failed", "crops", "nodules", "train", "val"]
+    rows = info["by_subset"]
+    total = [f"{sum(row[name] for row in rows):,}" for name in names]
+    cells = [["subset", *names], *([str(row["subset"]), *(f"{row[n]:,}" for n in names)] for row in rows)]
+    lines = [
+        "".join(f"{cell:>{6 if k == 0 else 11}}" for k, cell in enumerate(row))
+        for row in [*cells, ["all", *total]]
+    ]
+    rule = "─" * len(lines[0])
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def _histogram(info: Mapping[str, Any]) -> list[str]:
+    """Nodule crops by diameter, as bars."""
+    bins, sizes = info["by_diameter"], info["diameter_mm"]
+    if not info["counts"]["nodules"]:
+        return ["Nodules by diameter: none"]
+    title = "Nodules by diameter"
+    if sizes["median"] is not None:
+        title += f" (median {sizes['median']:.1f} mm, largest {sizes['largest']:.1f} mm)"
+    most, lines = max(b["nodules"] for b in bins), [title]
+    for b in bins:
+        low, high = b["from_mm"], b["to_mm"]
+        if b["nodules"] == 0 and low in (0, None):
+            continue
+        label = (
+            "unmatched"
+            if low is None
+            else f"≥ {low} mm"
+            if high is None
+            else f"{low}–{high} mm"
+            if low
+            else f"< {high} mm"
+        )
+        lines.append(f"{label:>11}  {_bar(b['nodules'] / most, WIDTH - 22)} {b['nodules']:,}".rstrip())
+    return lines
+
+
+def _failures(info: Mapping[str, Any]) -> list[str]:
+    """The scans that failed, with their reasons."""
+    failed = info["failed"]
+    lines = ["Failed scans"] if failed else []
+    for scan in failed[:MAX_FAILED]:
+        reason = printable(" ".join((scan["reason"] or "no reason recorded").split()))
+        lines.append(f"  {short_uid(scan['series_uid'], 64)}, subset {scan['subset']}"[:WIDTH])
+        lines += textwrap.wrap(reason, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    if len(failed) > MAX_FAILED:
+        lines.append(f"  … and {len(failed) - MAX_FAILED:,} more: see {schema.SCANS_FILE}")
+    return lines
+
+
+def format_info(info: Mapping[str, Any]) -> str:
+    """Text of `store_info`'s figures for a terminal, at most 80 columns wide, without a newline at the end."""
+    splits, malignancy = info["by_split"], info["malignancy"]
+    parts = [
+        f"{_plural(part['crops'], 'crop')} ({part['nodules']:,} nodules) {name}"
+        for name, part in splits["split_series"].items()
+    ]
+    by_candidate = [
+        f"{_plural(part['crops'], 'crop')} ({part['nodules']:,} nodules) {name}"
+        for name, part in splits["split_candidate"].items()
+    ]
+    known = [f"{malignancy[name]:,} {name}" for name in ("malignant", "benign", "unknown")]
+    split_lines = [
+        *_wrapped("by series", parts),
+        *_wrapped("by candidate", by_candidate),
+        *_wrapped("malignancy", known),
+    ]
+    blocks = [_header(info), _subset_table(info), split_lines, _histogram(info), _failures(info)]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def printable(text: str) -> str:
+    """Text with each character that would not print (a control or an escape) as ``?``."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def short_uid(series_uid: str, width: int = 40) -> str:
+    """Series UID shortened in the middle to at most `width` characters.
+
+    >>> short_uid("1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192", 22)
+    '1.3.6.1.4.…59720603192'
+    """
+    uid = printable(series_uid)
+    if len(uid) <= width:
+        return uid
+    head = (width - 1) // 2
+    return f"{uid[:head]}…{uid[-(width - 1 - head) :]}"
+
+
+def find_candidate(store: PictureStore, candidate_id: int) -> int:
+    """Row in the manifest of a candidate; `UsageError` if there is none."""
+    ids = store.manifest["candidate_id"].to_numpy()
+    rows = np.flatnonzero(ids == candidate_id)
+    if len(rows):
+        return int(rows[0])
+    if not len(ids):
+        msg = f"candidate {candidate_id}: the store has no candidate at all"
+        raise UsageError(msg)
+    nearest = ids[np.abs(ids - candidate_id).argmin()]
+    msg = f"candidate {candidate_id}: not among the store's {_plural(len(ids), 'candidate')}, whose ids lie between "
+    msg += f"{ids.min()} and {ids.max()}; the nearest is {nearest}"
+    raise UsageError(msg)
+
+
+def find_series(store: PictureStore, series_uid: str) -> dict[str, Any]:
+    """Row of the scan table that has this series UID, or alone ends with it (6 characters or more).
+
+    Raises
+    ------
+    UsageError
+        There is none (the message names up to 3 similar ones), or several, or the scan failed.
+    """
+    scans, name = store.scans, printable(series_uid)
+    uids = scans["series_uid"].astype(str)
+    found = scans[uids == series_uid]
+    if not len(found) and len(series_uid) >= MIN_SUFFIX:
+        found = scans[uids.str.endswith(series_uid)]
+    if found["series_uid"].nunique() > 1:
+        some = ", ".join(found["series_uid"].iloc[:3])
+        msg = f"series {name}: {found['series_uid'].nunique()} series end with it ({some}); give more of it"
+        raise UsageError(msg)
+    if not len(found):
+        tails = {uid[-len(series_uid) :]: uid for uid in uids} if series_uid else {}
+        similar = ", ".join(tails[t] for t in difflib.get_close_matches(series_uid, tails, 3, 0.6))
+        hint = (
+            f"similar: {similar}"
+            if similar
+            else f"give a whole UID or at least its last {MIN_SUFFIX} characters"
+        )
+        msg = f"series {name}: not among the store's {_plural(len(uids), 'scan')}; {hint}"
+        raise UsageError(msg)
+    usable = found[found["status"] == "ok"]
+    if not len(usable):
+        msg = f"series {name}: not in the store, its scan failed: {found['reason'].iloc[0]}"
+        raise UsageError(" ".join(printable(msg).split()))
+    return {str(key): value for key, value in usable.iloc[0].items()}
+
+
+def candidate_text(record: "pd.Series[Any]") -> str:
+    """Title of a candidate's picture, three lines: what it is, where it is in the store, where in the patient."""
+    what = "not a nodule"
+    if record["is_nodule"]:
+        what = (
+            "nodule, diameter unknown"
+            if pd.isna(record["diameter_mm"])
+            else f"nodule, {record['diameter_mm']:.1f} mm"
+        )
+        what += (
+            ""
+            if pd.isna(record["is_malignant"])
+            else " · malignant"
+            if record["is_malignant"]
+            else " · benign"
+        )
+    where = [f"series {short_uid(record['series_uid'])}", f"subset {record['subset']}"]
+    if not pd.isna(record["patient_id"]):
+        where.insert(1, f"patient {record['patient_id']}")
+    where.append(f"split: {record['split_series']} by series, {record['split_candidate']} by candidate")
+    x, y, z = (f"{record[f'{axis}_mm']:.1f}".replace("-", "−") for axis in "xyz")
+    place = [
+        f"x {x}, y {y}, z {z} mm",
+        f"slice {record['index']}, row {record['row']}, column {record['col']}",
+    ]
+    if record["is_padded"]:
+        place.append("crop padded where it leaves the scan")
+    return f"Candidate {record['candidate_id']} · {what}\n{' · '.join(where)}\n{' · '.join(place)}"
+
+
+def series_text(scan: Mapping[str, Any], candidates: pd.DataFrame) -> str:
+    """Title of a scan's picture, two lines: which scan, and what it holds."""
+    which = [f"Series {short_uid(scan['series_uid'], 64)}", f"subset {scan['subset']}"]
+    if not pd.isna(scan["patient_id"]):
+        which.append(str(scan["patient_id"]))
+    x, _, z = scan["spacing"]
+    grid = f"{int(scan['num_slices'])} slices of {z:.2f} mm, {int(scan['num_rows'])} × {int(scan['num_cols'])} pixels"
+    nodules = _plural(int(candidates["is_nodule"].sum()), "nodule")
+    what = [f"{grid} of {x:.2f} mm", f"{_plural(len(candidates), 'candidate')}, of these {nodules}"]
+    return f"{' · '.join(which)}\n{' · '.join(what)}"

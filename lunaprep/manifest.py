@@ -1,0 +1,160 @@
+"""The rows of the store's two tables: planned from the inputs, completed when the shards are there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lunaprep.candidates import XYZ, match_annotations, size_order
+from lunaprep.crops import is_padded, window_starts
+from lunaprep.parameters import Parameters
+from lunaprep.scans.scan import Scan
+from lunaprep.sources.source import FoundScan, SourceData
+from lunaprep.splits import largest_nodules, split_by_rank, split_by_series
+from lunaprep.store.receipt import Receipt, ScanRecord
+
+START = ("start_index", "start_row", "start_col")
+CENTER = ("index", "row", "col")
+
+
+def plan_rows(
+    source: SourceData, parameters: Parameters, scans: Mapping[str, Scan]
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Rows of the manifest of all candidates of readable scans, and a line for each that lies outside its scan."""
+    rows = source.candidates[source.candidates["series_uid"].isin(list(scans))].reset_index(drop=True)
+    center = np.zeros((len(rows), 3), dtype=np.int64)
+    start = np.zeros((len(rows), 3), dtype=np.int64)
+    padded = np.zeros(len(rows), dtype=bool)
+    inside = np.zeros(len(rows), dtype=bool)
+    xyz = rows[list(XYZ)].to_numpy()
+    for series_uid, members in rows.groupby("series_uid").indices.items():
+        grid = scans[str(series_uid)].geometry
+        center[members] = grid.nearest_irc(xyz[members])
+        inside[members] = grid.contains_irc(center[members])
+        start[members] = window_starts(center[members], grid.shape_irc, parameters.crop_shape, parameters.edge)
+        padded[members] = is_padded(start[members], grid.shape_irc, parameters.crop_shape)
+    outside = tuple(
+        _outside_line(rows.iloc[i], center[i], scans[rows["series_uid"].iloc[i]]) for i in np.flatnonzero(~inside)
+    )
+    columns: dict[str, Any] = {name: center[:, axis] for axis, name in enumerate(CENTER)}
+    columns |= {name: start[:, axis] for axis, name in enumerate(START)}
+    rows = rows.assign(is_padded=padded, **columns)[inside].reset_index(drop=True)
+    return _add_nodules(rows, source, parameters.match), outside
+
+
+def _outside_line(row: "pd.Series[Any]", center: npt.NDArray[np.int64], scan: Scan) -> str:
+    return (
+        f"candidate {row['candidate_id']} of series {row['series_uid']}: its centre ({row['x_mm']:.1f}, "
+        f"{row['y_mm']:.1f}, {row['z_mm']:.1f}) mm is voxel {tuple(center.tolist())}, outside the scan's "
+        f"{scan.geometry.shape_irc}; left out. Check that the candidates belong to this scan"
+    )
+
+
+def _add_nodules(rows: pd.DataFrame, source: SourceData, rule: str) -> pd.DataFrame:
+    """Add diameter_mm, annotation_id, is_malignant and patient_id."""
+    annotations = source.annotations
+    match = match_annotations(rows, annotations, rule)
+    hit = match >= 0
+    safe = np.where(hit, match, 0)
+    diameter = np.full(len(rows), np.nan)
+    annotation_id = pd.array([pd.NA] * len(rows), dtype="Int64")
+    malignant = pd.array([pd.NA] * len(rows), dtype="boolean")
+    if hit.any():
+        diameter[hit] = annotations["diameter_mm"].to_numpy()[safe[hit]]
+        annotation_id[hit] = annotations["annotation_id"].to_numpy()[safe[hit]]
+        malignant[hit] = malignancy_of(annotations, source.malignancy)[safe[hit]]
+    return rows.assign(
+        diameter_mm=diameter,
+        annotation_id=annotation_id,
+        is_malignant=malignant,
+        patient_id=rows["series_uid"].map(source.patients).astype(object),
+    )
+
+
+def malignancy_of(annotations: pd.DataFrame, malignancy: pd.DataFrame | None) -> Any:
+    """Malignancy of each annotation, a nullable boolean array: that of the nearest labelled nodule in its radius."""
+    labels = pd.array([pd.NA] * len(annotations), dtype="boolean")
+    if malignancy is None or malignancy.empty:
+        return labels
+    match = match_annotations(annotations, malignancy, "radius")
+    hit = match >= 0
+    labels[hit] = malignancy["is_malignant"].to_numpy()[match[hit]]
+    return labels
+
+
+def built_rows(planned: pd.DataFrame, receipt: Receipt) -> pd.DataFrame:
+    """The rows of one shard as built: those of scans that failed are gone, and each has its place and checksum."""
+    done = {scan.series_uid for scan in receipt.scans if scan.status == "ok"}
+    rows = planned[planned["series_uid"].isin(done)].reset_index(drop=True)
+    assert len(rows) == receipt.rows, f"{receipt.shard_id}: {receipt.rows} crops for {len(rows)} rows"
+    xxh3 = np.array([int(value, 16) for value in receipt.crop_xxh3], dtype=np.uint64)
+    return rows.assign(shard_id=receipt.shard_id, shard_row=np.arange(len(rows), dtype=np.int32), xxh3=xxh3)
+
+
+def complete_rows(
+    rows: pd.DataFrame,
+    annotations: pd.DataFrame,
+    patients: Mapping[str, str],
+    series_uids: Sequence[str],
+    val_stride: int,
+) -> pd.DataFrame:
+    """Add fold, size_rank and the splits, which depend on all rows together.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        All rows of the manifest.
+    annotations : DataFrame
+        For the largest nodule of each series.
+    patients : mapping of str to str
+        Patient of each series, where known.
+    series_uids : sequence of str
+        All series in the store, those without a candidate too.
+    val_stride : int
+        Every how many-th validates.
+    """
+    rank = np.empty(len(rows), dtype=np.int64)
+    rank[size_order(rows)] = np.arange(len(rows))
+    by_series = split_by_series(largest_nodules(series_uids, annotations), patients, val_stride)
+    return rows.assign(
+        fold=rows["subset"],
+        size_rank=rank,
+        split_series=rows["series_uid"].map(by_series).astype(object),
+        split_candidate=split_by_rank(rank, val_stride),
+    )
+
+
+def scan_row(
+    found: FoundScan, record: ScanRecord, scan: Scan | None, source: SourceData, crop_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """One row of scans.parquet; `scan` is None where not even the header could be read."""
+    row: dict[str, Any] = {
+        "series_uid": found.series_uid,
+        "patient_id": source.patients.get(found.series_uid),
+        "subset": found.subset,
+        "status": record.status,
+        "reason": record.reason,
+        "file": found.path.relative_to(source.root).as_posix(),
+        "data_bytes": record.data_bytes,
+        "data_xxh3": record.data_xxh3,
+        "hu_min": record.hu_min,
+        "hu_max": record.hu_max,
+        "clipped_share": record.clipped_share,
+        "num_crops": record.num_crops,
+        "lung_box": None,
+    }
+    names = ("num_slices", "num_rows", "num_cols")
+    shape = scan.geometry.shape_irc if scan else (None, None, None)
+    row |= dict(zip(names, shape, strict=True))
+    row |= {name: list(getattr(scan.geometry, name)) if scan else None for name in ("spacing", "origin", "direction")}
+    row["is_thin"] = (
+        any(n < side for n, side in zip(scan.geometry.shape_irc, crop_shape, strict=True)) if scan else None
+    )
+    volume = record.volume
+    row["volume_file"] = volume.file if volume else None
+    row["volume_bytes"] = volume.bytes if volume else None
+    row["volume_sha256"] = volume.sha256 if volume else None
+    row["volume_chunk_xxh3"] = [int(value, 16) for value in volume.chunk_xxh3] if volume else None
+    return row

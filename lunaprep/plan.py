@@ -1,0 +1,259 @@
+"""Decide what a build has to do; nothing here writes, and no voxel is read.
+
+SourceData -> rows of the manifest, scan by scan -> shards -> for each: keep, check, build, or only add volumes.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xxhash
+
+from lunaprep import schema
+from lunaprep.errors import ScanError
+from lunaprep.manifest import START, plan_rows
+from lunaprep.parameters import Parameters
+from lunaprep.scans.open import open_scan
+from lunaprep.scans.scan import Scan
+from lunaprep.shard_plan import ScanJob, ShardPlan
+from lunaprep.sources.source import FoundScan, SourceData
+from lunaprep.store.files import digest
+from lunaprep.store.receipt import Receipt
+
+
+@dataclass(frozen=True)
+class FailedScan:
+    """A scan that cannot be used, known before its voxels are read."""
+
+    found: FoundScan
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a build will do.
+
+    `rows` is the manifest as far as it is known now, in shard order, with a `unit` column (index in `shards`).
+    """
+
+    source: SourceData
+    parameters: Parameters
+    dtype: str
+    volumes: bool
+    rows: pd.DataFrame
+    shards: tuple[ShardPlan, ...]
+    failed: tuple[FailedScan, ...]
+    outside: tuple[str, ...]
+    num_absent: int
+
+    @property
+    def to_do(self) -> tuple[ShardPlan, ...]:
+        """Shards that need work."""
+        return tuple(shard for shard in self.shards if shard.action != "keep")
+
+    @property
+    def num_scans(self) -> int:
+        """Scans that will be in the store."""
+        return sum(len(shard.jobs) for shard in self.shards)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of scans to read."""
+        return sum(job.scan.data_bytes for shard in self.to_do for job in shard.jobs)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes to write; volumes are taken at half their float32 size."""
+        one = schema.crop_bytes(self.parameters.crop_shape, self.dtype)
+        crops = sum(shard.rows * one + schema.DATA_OFFSET for shard in self.to_do if shard.action == "build")
+        if not self.volumes:
+            return crops
+        voxels = sum(int(np.prod(job.scan.geometry.shape_irc)) for shard in self.to_do for job in shard.jobs)
+        return crops + 2 * voxels
+
+
+def make_plan(
+    source: SourceData,
+    parameters: Parameters,
+    *,
+    volumes: bool = True,
+    limit: int | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Plan:
+    """Plan a build as if nothing were there yet; `decide` then takes what is finished into account.
+
+    Parameters
+    ----------
+    source : SourceData
+        Scans found and tables read.
+    parameters : Parameters
+        What the user asked for.
+    volumes : bool
+        Whether volumes are wanted too.
+    limit : int, optional
+        Take the first so many scans only.
+    progress : callable
+        Called with 1 after each header.
+    """
+    found = source.scans[:limit]
+    scans, failed = _open_all(found, source.root, progress)
+    subset_of = {item.series_uid: item.subset for item in found}
+    rows, outside = plan_rows(source, parameters, scans)
+    num_absent = int((~source.candidates["series_uid"].isin(subset_of)).sum())
+    dtype = _resolve_dtype(parameters, scans.values())
+    one = schema.crop_bytes(parameters.crop_shape, dtype)
+    listed = source.candidates["series_uid"].value_counts()
+    shards: list[ShardPlan] = []
+    members = rows.groupby("series_uid").indices
+    for subset in sorted(set(subset_of.values())):
+        # packed by what the tables list, so that a scan that fails does not move the others
+        sizes = {uid: int(listed.get(uid, 0)) * one for uid in sorted(subset_of) if subset_of[uid] == subset}
+        for number, uids in enumerate(pack(sizes, parameters.shard_bytes)):
+            jobs = tuple(_job(scans[uid], rows.iloc[members.get(uid, [])], parameters) for uid in uids if uid in scans)
+            if jobs:
+                place = f"subset{subset}-{number:03d}"
+                shards.append(ShardPlan(subset, number, jobs, _plan_key(parameters, dtype, jobs, place)))
+    unit_of = {job.scan.series_uid: unit for unit, shard in enumerate(shards) for job in shard.jobs}
+    rows = rows.assign(unit=rows["series_uid"].map(unit_of).astype("int64"), subset=rows["series_uid"].map(subset_of))
+    order = np.lexsort(
+        [rows["candidate_id"], *(rows[name] for name in reversed(START)), rows["series_uid"], rows["unit"]]
+    )
+    return Plan(
+        source=source,
+        parameters=parameters,
+        dtype=dtype,
+        volumes=volumes,
+        rows=rows.iloc[order].reset_index(drop=True),
+        shards=tuple(shards),
+        failed=failed,
+        outside=outside,
+        num_absent=num_absent,
+    )
+
+
+def decide(
+    plan: Plan,
+    finished: Mapping[str, Receipt],
+    is_there: Callable[[Receipt], bool],
+    unchanged: Callable[[Scan, str], bool],
+) -> Plan:
+    """Say for each shard what is left to do.
+
+    Parameters
+    ----------
+    plan : Plan
+        As `make_plan` gives it.
+    finished : mapping of str to Receipt
+        Receipts at hand by plan key.
+    is_there : callable
+        Whether a receipt's files are in place, by name and size.
+    unchanged : callable
+        Whether a scan's voxel file is known to have the given hash, without reading it.
+    """
+    shards = tuple(
+        _decide_one(plan.volumes, shard, finished.get(shard.plan_key), is_there, unchanged) for shard in plan.shards
+    )
+    return replace(plan, shards=shards)
+
+
+def pack(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Fill shards one after another with whole scans, in the given order, up to `limit` bytes each.
+
+    >>> pack({"a": 4, "b": 4, "c": 9, "d": 1}, 8)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _open_all(
+    found: Sequence[FoundScan], root: Path, progress: Callable[[int], None]
+) -> tuple[dict[str, Scan], tuple[FailedScan, ...]]:
+    scans: dict[str, Scan] = {}
+    failed: list[FailedScan] = []
+    for item in found:
+        try:
+            if item.twin is not None:
+                message = (
+                    f"{item.path.name} is there twice: also as {os.path.relpath(item.twin, root)}. Remove one of them"
+                )
+                raise ScanError(message)
+            # the subset's own folder is the limit: it may be a link to another disk
+            scans[item.series_uid] = open_scan(item.path, item.path.parent)
+        except ScanError as error:
+            failed.append(FailedScan(item, str(error)))
+        progress(1)
+    return scans, tuple(failed)
+
+
+def _resolve_dtype(parameters: Parameters, scans: Iterable[Scan]) -> str:
+    if parameters.dtype != "auto":
+        return parameters.dtype
+    return "int16" if all(scan.dtype.kind in "iu" for scan in scans) else "float32"
+
+
+def _job(scan: Scan, mine: pd.DataFrame, parameters: Parameters) -> ScanJob:
+    order = np.lexsort([mine["candidate_id"], *(mine[name] for name in reversed(START))])
+    starts = mine[list(START)].to_numpy(dtype=np.int64)[order]
+    key = {"hu": parameters.hu, "chunk": schema.VOLUME_CHUNK_IRC, "version": schema.FORMAT_VERSION}
+    return ScanJob(scan, starts, digest({**key, "header": scan.header_xxh3, "bytes": scan.data_bytes}))
+
+
+def _plan_key(parameters: Parameters, dtype: str, jobs: Sequence[ScanJob], place: str) -> str:
+    return digest(
+        {
+            "version": schema.FORMAT_VERSION,
+            "place": place,
+            "crop_shape": parameters.crop_shape,
+            "hu": parameters.hu,
+            "edge": parameters.edge,
+            "dtype": dtype,
+            "scans": [
+                {
+                    "series_uid": job.scan.series_uid,
+                    "header": job.scan.header_xxh3,
+                    "bytes": job.scan.data_bytes,
+                    "starts": xxhash.xxh3_128_hexdigest(job.starts.astype("<i8").tobytes()),
+                }
+                for job in jobs
+            ],
+        }
+    )
+
+
+def _decide_one(
+    volumes: bool,
+    shard: ShardPlan,
+    receipt: Receipt | None,
+    is_there: Callable[[Receipt], bool],
+    unchanged: Callable[[Scan, str], bool],
+) -> ShardPlan:
+    if receipt is None:
+        return shard
+    if not is_there(receipt):
+        return replace(shard, why="a file of it is missing or cut")
+    if any(scan.retry for scan in receipt.scans):
+        return replace(shard, why="a scan failed for a passing reason")
+    done = receipt.scan_by_uid
+    short = [
+        job
+        for job in shard.jobs
+        if (record := done[job.scan.series_uid]).status == "ok"
+        and (record.volume is None or record.volume.key != job.volume_key)
+    ]
+    if volumes and short:
+        return replace(shard, action="volumes", why=f"{len(short)} volumes to add", receipt=receipt)
+    same = all(unchanged(job.scan, str(done[job.scan.series_uid].data_xxh3)) for job in shard.jobs)
+    if same:
+        return replace(shard, action="keep", why="finished", receipt=receipt)
+    return replace(shard, action="check", why="its scans were touched", receipt=receipt)

@@ -1,0 +1,1 @@
+"""Data sets: where their scans and annotation tables lie. One module each."""

@@ -1,0 +1,119 @@
+"""One build at a time, and all of its files at once.
+
+A build writes new files beside the store and, when all are safely on the disk, a journal: the list of renames
+that make them the store. From then on the new store is decided; whoever comes next finishes the renames if the
+builder could not.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+import filelock
+
+from lunaprep import schema
+from lunaprep.errors import BusyError, StoreError
+from lunaprep.store.files import canonical_json, sync_folder, write_file
+
+JOURNAL = "commit.json"
+LOCK = "lock"
+
+
+@contextmanager
+def build_lock(out: Path) -> Iterator[None]:
+    """Hold the store's lock; the operating system frees it when the process ends, however it ends.
+
+    Raises
+    ------
+    BusyError
+        Another build holds it.
+    """
+    work = out / schema.WORK_DIR
+    work.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        message = f"{out}: another build is at work on this store. Wait for it, or choose another --out"
+        raise BusyError(message) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def commit(out: Path, moves: Sequence[tuple[str, str]], deletes: Sequence[str]) -> None:
+    """Make finished files the store.
+
+    Parameters
+    ----------
+    out : Path
+        The store; the caller holds its lock.
+    moves : sequence of (str, str)
+        Finished, flushed files and their final names, relative to `out`; store.json should come last.
+    deletes : sequence of str
+        Files of the old store that the new one no longer names.
+    """
+    journal = {"moves": [list(move) for move in moves], "deletes": sorted(deletes)}
+    write_file(out / schema.WORK_DIR / JOURNAL, canonical_json(journal))
+    _finish(out)
+
+
+def recover(out: Path) -> None:
+    """Finish a commit that was cut off, if there is one; the caller holds the lock."""
+    if (out / schema.WORK_DIR / JOURNAL).exists():
+        _finish(out)
+
+
+def recover_if_idle(out: Path) -> None:
+    """Finish a commit that was cut off, unless a build is at work (then it will).
+
+    Raises
+    ------
+    BusyError
+        A build is between decision and last rename; try again in a moment.
+    StoreError
+        The store cannot be written to, so the commit cannot be finished here.
+    """
+    if not (out / schema.WORK_DIR / JOURNAL).exists():
+        return
+    try:
+        with build_lock(out):
+            recover(out)
+    except OSError as error:
+        message = f"{out}: a build was cut off while committing. Run 'lunaprep build' once where the store is writable"
+        raise StoreError(message) from error
+
+
+def _finish(out: Path) -> None:
+    path = out / schema.WORK_DIR / JOURNAL
+    journal = json.loads(path.read_bytes())
+    folders = {out}
+    for source, target in journal["moves"]:
+        if inside(out, source).exists():
+            inside(out, target).parent.mkdir(parents=True, exist_ok=True)
+            inside(out, source).replace(inside(out, target))
+        folders.add(inside(out, target).parent)
+    for folder in sorted(folders):
+        sync_folder(folder)
+    for name in journal["deletes"]:
+        with suppress(FileNotFoundError):
+            inside(out, name).unlink()
+    path.unlink()
+
+
+def inside(out: Path, name: str) -> Path:
+    """Path of a file of the store.
+
+    Raises
+    ------
+    StoreError
+        The name leads out of the store.
+    """
+    parts = PurePosixPath(name).parts
+    path = out.joinpath(*parts)
+    if not parts or name.startswith("/") or ".." in parts or not path.resolve().is_relative_to(out.resolve()):
+        message = f"{out}: the store names a file outside itself: {name!r}. Don't trust it"
+        raise StoreError(message)
+    return path

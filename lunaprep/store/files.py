@@ -1,0 +1,98 @@
+"""Whole files or none: write, flush to the disk, rename. And the hashes and JSON the store records."""
+
+import errno
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lunaprep.errors import NoSpaceError
+
+BLOCK_BYTES = 1 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way a value is written as JSON in a store: keys sorted, two spaces, UTF-8, final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, hexadecimal."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def hash_file(path: Path, name: str = "sha256") -> str:
+    """Hash of a file's bytes, hexadecimal; `name` is ``sha256`` or ``xxh3_128``."""
+    hasher: Any = hashlib.sha256() if name == "sha256" else xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        block = memoryview(bytearray(BLOCK_BYTES))
+        while count := file.readinto(block):
+            hasher.update(block[:count])
+    return str(hasher.hexdigest())
+
+
+def no_space(error: OSError) -> bool:
+    """Whether an operating-system error means that the disk, or the quota, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain_no_space(error: OSError, path: Path) -> OSError:
+    """A `NoSpaceError` that names the file, where `error` is one; else `error` itself."""
+    if not no_space(error):
+        return error
+    return NoSpaceError(
+        f"{path.name}: the disk is full ({error.strerror}). Free some space or choose another --out, then "
+        "run the same command again: finished shards are kept"
+    )
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of an open file, however many calls that takes."""
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries, so that a rename survives a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Rename a finished, flushed file to its final name, durably."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial.replace(final)
+    sync_folder(final.parent)
+
+
+def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
+    """Write a whole file durably under a temporary name, then rename it.
+
+    Raises
+    ------
+    NoSpaceError
+        The disk is full; the temporary file is removed.
+    """
+    partial = partial or path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        publish(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise explain_no_space(error, path) from error

@@ -1,0 +1,223 @@
+"""Read a store: the tables as DataFrames, crops by row, volumes by series. No torch, and no HDF5 for the crops."""
+
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lunaprep import schema
+from lunaprep.errors import StoreError
+from lunaprep.store.commit import inside, recover_if_idle
+from lunaprep.store.record import read_record
+from lunaprep.store.tables import read_table
+
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """Where a run of crops lies: `rows` crops from byte `offset` on, one behind the other."""
+
+    id: str
+    path: Path
+    offset: int
+    rows: int
+
+
+def open_store(path: str | Path) -> "Store":
+    """Open a store for reading.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store's folder, or its crops.h5.
+
+    Returns
+    -------
+    Store
+        Nothing but store.json has been read; each shard is known to have its right size.
+
+    Raises
+    ------
+    StoreError
+        No store, a damaged one, or another format version.
+
+    Examples
+    --------
+    >>> store = open_store("store")                             # doctest: +SKIP
+    >>> nodules = store.manifest.query("is_nodule").index       # doctest: +SKIP
+    >>> store.crops(nodules[:8]).shape                          # doctest: +SKIP
+    (8, 32, 48, 48)
+    """
+    folder = Path(path)
+    if folder.name == schema.FRONT_DOOR_FILE:
+        folder = folder.parent
+    recover_if_idle(folder)
+    record = read_record(folder)
+    shards = tuple(_check_shard(folder, record, shard) for shard in record["shards"] if shard["file"])
+    return Store(folder, record, shards)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store on disk. Use `open_store`."""
+
+    path: Path
+    record: dict[str, Any]
+    shards: tuple[ShardFile, ...]
+    """All shards that hold crops, in manifest order."""
+
+    def __len__(self) -> int:
+        return int(self.record["counts"]["crops"])
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters the store was built with."""
+        return dict(self.record["parameters"])
+
+    @property
+    def crop_shape(self) -> tuple[int, int, int]:
+        """Slices, rows, columns of a crop."""
+        slices, rows, cols = self.record["crops"]["shape"][1:]
+        return slices, rows, cols
+
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """Type of the crops on disk."""
+        dtype: np.dtype[Any] = np.dtype(self.record["crops"]["dtype"])
+        return dtype
+
+    @cached_property
+    def manifest(self) -> pd.DataFrame:
+        """crops.parquet: a row per crop, columns as `schema.MANIFEST_COLUMNS`."""
+        frame = read_table(self._file(schema.MANIFEST_FILE), schema.MANIFEST_COLUMNS)
+        if len(frame) != len(self):
+            message = f"{schema.MANIFEST_FILE} has {len(frame)} rows, expected {len(self)}. Run 'lunaprep verify'"
+            raise StoreError(message)
+        return frame
+
+    @cached_property
+    def scans(self) -> pd.DataFrame:
+        """scans.parquet: a row per scan, columns as `schema.SCAN_COLUMNS`."""
+        return read_table(self._file(schema.SCANS_FILE), schema.SCAN_COLUMNS)
+
+    def crops(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]] | pd.Index) -> npt.NDArray[np.float32]:
+        """Crops by row of the manifest.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            Rows, in any order, also repeated.
+
+        Returns
+        -------
+        ndarray, (n, slices, rows, columns) float32
+            HU.
+
+        Raises
+        ------
+        IndexError
+            A row that is not there.
+        """
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            message = f"rows must lie in 0 to {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
+            raise IndexError(message)
+        out = np.empty((len(wanted), *self.crop_shape), dtype=np.float32)
+        owner = np.searchsorted(self._first_rows, wanted, side="right") - 1
+        for number in np.unique(owner):
+            at = np.flatnonzero(owner == number)
+            crops = self._map(int(number))
+            for position, row in zip(at, wanted[at] - self._first_rows[number], strict=True):
+                out[position] = crops[row]
+        return out
+
+    @contextmanager
+    def open_volume(self, series_uid: str) -> Iterator[Any]:
+        """Open a scan's volume: its /hu as an h5py dataset, (slices, rows, columns) float32, HU.
+
+        Raises
+        ------
+        StoreError
+            The store has no volume of this series, or the file is not one.
+        """
+        import h5py  # crops need none of it
+
+        scans = self.scans[self.scans["series_uid"] == series_uid]
+        if scans.empty or pd.isna(scans["volume_file"].iloc[0]):
+            message = f"the store has no volume of series {series_uid}. Build it with volumes"
+            raise StoreError(message)
+        path = self._file(str(scans["volume_file"].iloc[0]))
+        try:
+            file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            message = f"{path.name} cannot be opened: {str(error)[:120]}. Run 'lunaprep verify'"
+            raise StoreError(message) from error
+        with file:
+            link = file.get(schema.HU_DATASET, getlink=True)
+            if not isinstance(link, h5py.HardLink) or not _is_plain(file[schema.HU_DATASET]):
+                message = f"{path.name} has no plain dataset /{schema.HU_DATASET}. Don't trust this store"
+                raise StoreError(message)
+            yield file[schema.HU_DATASET]
+
+    def volume(self, series_uid: str) -> npt.NDArray[np.float32]:
+        """A scan's whole volume, (slices, rows, columns) float32, HU.
+
+        Raises
+        ------
+        StoreError
+            As `open_volume`.
+        """
+        with self.open_volume(series_uid) as hu:
+            return np.asarray(hu[...], dtype=np.float32)
+
+    @cached_property
+    def _first_rows(self) -> npt.NDArray[np.int64]:
+        """First manifest row of each shard."""
+        return np.cumsum([0, *(shard.rows for shard in self.shards)], dtype=np.int64)[:-1]
+
+    @cached_property
+    def _maps(self) -> dict[int, npt.NDArray[Any]]:
+        return {}
+
+    def _map(self, number: int) -> npt.NDArray[Any]:
+        if number not in self._maps:
+            shard = self.shards[number]
+            with shard.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            count = shard.rows * int(np.prod(self.crop_shape))
+            flat = np.frombuffer(mapped, dtype=self.dtype, offset=shard.offset, count=count)
+            self._maps[number] = flat.reshape(shard.rows, *self.crop_shape)
+        return self._maps[number]
+
+    def _file(self, name: str) -> Path:
+        return inside(self.path, name)
+
+
+def _is_plain(dataset: Any) -> bool:
+    return hasattr(dataset, "is_virtual") and not dataset.is_virtual and dataset.external is None and dataset.ndim == 3
+
+
+def _check_shard(folder: Path, record: dict[str, Any], shard: dict[str, Any]) -> ShardFile:
+    path = inside(folder, shard["file"])
+    one = schema.crop_bytes(tuple(record["crops"]["shape"][1:]), record["crops"]["dtype"])
+    expected = schema.DATA_OFFSET + shard["rows"] * one
+    try:
+        with path.open("rb") as file:
+            signature = file.read(len(HDF5_SIGNATURE))
+        size = path.stat().st_size
+    except OSError as error:
+        message = f"{shard['file']} of {folder} cannot be read: {error.strerror}. Run 'lunaprep build' again"
+        raise StoreError(message) from error
+    if size != expected or signature != HDF5_SIGNATURE:
+        what = f"has {size} bytes, expected {expected}" if size != expected else "is no HDF5 file"
+        message = f"{shard['file']} of {folder} {what}: it is cut or changed. Run 'lunaprep build' again"
+        raise StoreError(message)
+    return ShardFile(shard["id"], path, schema.DATA_OFFSET, shard["rows"])

@@ -1,0 +1,82 @@
+"""crops.parquet and scans.parquet: DataFrame to Parquet with page checksums, and back."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lunaprep import schema
+from lunaprep.errors import StoreError
+
+ROW_GROUP_ROWS = 1 << 18
+
+_ARROW: dict[str, Any] = {
+    "int16": pa.int16(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "uint64": pa.uint64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "string": pa.string(),
+    "list<float64>": pa.list_(pa.float64()),
+    "list<uint64>": pa.list_(pa.uint64()),
+    "list<int32>": pa.list_(pa.int32()),
+}
+
+
+def arrow_schema(columns: Sequence[schema.Column]) -> Any:
+    """Arrow schema of one of the store's tables."""
+    metadata = {"lunaprep.format": schema.FORMAT, "lunaprep.version": str(schema.FORMAT_VERSION)}
+    fields = [pa.field(column.name, _ARROW[column.type], nullable=column.nullable) for column in columns]
+    return pa.schema(fields, metadata=metadata)
+
+
+def table_bytes(frame: pd.DataFrame, columns: Sequence[schema.Column]) -> bytes:
+    """The Parquet file of a table; the same rows give the same bytes.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Has all the columns; others are left out.
+    columns : sequence of schema.Column
+        Names, types and order.
+    """
+    wanted = arrow_schema(columns)
+    arrays = [pa.array(frame[field.name], type=field.type, from_pandas=field.nullable) for field in wanted]
+    table = pa.Table.from_arrays(arrays, schema=wanted)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def read_table(path: Path, columns: Sequence[schema.Column]) -> pd.DataFrame:
+    """Read one of the store's tables, its page checksums verified; nullable columns get pandas' nullable types.
+
+    Raises
+    ------
+    StoreError
+        Not there, damaged, or another schema.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        first = str(error).splitlines()[0][:160]
+        message = f"{path.name} cannot be read: {first}. Run 'lunaprep verify', then 'lunaprep build' again"
+        raise StoreError(message) from error
+    if not table.schema.equals(arrow_schema(columns)):
+        message = f"{path.name} has other columns than format {schema.FORMAT_VERSION}. Run 'lunaprep build' again"
+        raise StoreError(message)
+    frame: pd.DataFrame = table.to_pandas()
+    for column in columns:
+        if column.nullable and column.type in ("bool", "int64", "int32"):
+            dtype = {"bool": "boolean", "int64": "Int64", "int32": "Int32"}[column.type]
+            frame[column.name] = table[column.name].to_pandas(types_mapper=_nullable).astype(dtype)
+    return frame
+
+
+def _nullable(kind: Any) -> Any:
+    return {pa.bool_(): pd.BooleanDtype(), pa.int64(): pd.Int64Dtype(), pa.int32(): pd.Int32Dtype()}.get(kind)

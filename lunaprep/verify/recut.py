@@ -1,0 +1,221 @@
+"""Level source: every crop and volume cut again, naively, from the scan as SimpleITK reads it.
+
+This is the project's second home of SimpleITK, on purpose: a second opinion must not share the builder's
+reader, nor its geometry or cutting.
+"""
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lunaprep import schema
+from lunaprep.verify.findings import Findings
+from lunaprep.verify.gate import Source, find_source, hash_voxels
+from lunaprep.verify.hashing import Meter
+from lunaprep.verify.places import BadFileError, open_plain
+from lunaprep.verify.record import Record
+from lunaprep.verify.structure import stored_chunks
+from lunaprep.verify.tables import Manifest
+from lunaprep.verify.values import TIE
+
+Voxels = npt.NDArray[Any]
+
+
+def check_source(
+    store: Path,
+    data: Path,
+    record: Record,
+    scans: list[dict[str, Any]],
+    manifest: Manifest,
+    meter: Meter,
+    found: Findings,
+) -> None:
+    """Compare the store with its scans, one scan in memory at a time.
+
+    Parameters
+    ----------
+    store, data : Path
+        The store and the folder its scans were read from.
+    record, scans, manifest
+        store.json, the good rows of scans.parquet, and crops.parquet.
+    meter : Meter
+        Counts the bytes read.
+    found : Findings
+        Where differences go.
+    """
+    known = {scan["series_uid"]: k for k, scan in enumerate(scans)}
+    scan_of_row = manifest.texts["series_uid"].recode(known)
+    order = np.argsort(scan_of_row, kind="stable")
+    ends = np.searchsorted(scan_of_row[order], np.arange(len(scans) + 1))
+    for k, scan in enumerate(scans):
+        rows = order[ends[k] : ends[k + 1]].tolist()
+        try:
+            source = find_source(data, scan["file"])
+            image, voxels = _read(data, source, scan, meter)
+        except BadFileError as bad:
+            _tell_unread(bad, scan, len(rows), found)
+            continue
+        except Exception as error:
+            message = f"SimpleITK can't read it: {' '.join(str(error).split())[-160:]}"
+            found.error("source-unreadable", scan["file"], message, series_uid=scan["series_uid"])
+            continue
+        if _check_grid(image, scan, found):
+            _check_crops(store, record, manifest, rows, image, voxels, found)
+            _check_volume(store, record, scan, voxels, found)
+
+
+def _tell_unread(bad: BadFileError, scan: dict[str, Any], num_crops: int, found: Findings) -> None:
+    whose = {"series_uid": scan["series_uid"]}
+    if bad.code == "missing-file":
+        message = f"source missing: its {num_crops} crops were not cut again"
+        found.warning("source-missing", scan["file"], message, **whose)
+    else:
+        code = bad.code if bad.code.startswith("source-") else "source-unreadable"
+        found.error(code, scan["file"], f"{bad}; its {num_crops} crops were not cut again", **whose)
+
+
+def _read(data: Path, source: Source, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
+    got = hash_voxels(source, meter)
+    if got != scan["data_xxh3"]:
+        code = "source-changed"
+        message = f"{source.voxels.name} was changed since: xxh3 {got:.12}…, expected {scan['data_xxh3']:.12}…"
+        raise BadFileError(code, message)
+    import SimpleITK
+
+    image: Any = SimpleITK.ReadImage(str(data / source.header))
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        code, message = "source-unreadable", "isn't one scalar 3-D image"
+        raise BadFileError(code, message)
+    return image, SimpleITK.GetArrayViewFromImage(image)
+
+
+def _check_grid(image: Any, scan: dict[str, Any], found: Findings) -> bool:
+    shape = image.GetSize()[::-1]
+    expected = tuple(scan[name] for name in ("num_slices", "num_rows", "num_cols"))
+    pairs = [
+        ("shape", shape, expected),
+        ("origin", image.GetOrigin(), tuple(scan["origin"])),
+        ("spacing", image.GetSpacing(), tuple(scan["spacing"])),
+        ("direction", image.GetDirection(), tuple(scan["direction"])),
+    ]
+    for name, got, recorded in pairs:
+        if got != recorded:
+            message = f"{name} is {recorded}, SimpleITK reads {got}"
+            found.error("geometry-differs", schema.SCANS_FILE, message, series_uid=scan["series_uid"])
+    return bool(shape == expected)
+
+
+def _check_crops(
+    store: Path,
+    record: Record,
+    manifest: Manifest,
+    rows: list[int],
+    image: Any,
+    voxels: Voxels,
+    found: Findings,
+) -> None:
+    files = {shard.id: shard.file for shard in record.shards}
+    opened: dict[str, int] = {}
+    try:
+        for k in rows:
+            whose = manifest.crop(k)
+            centre = np.array([manifest.numbers[name][k] for name in ("index", "row", "col")], dtype=np.int64)
+            if not _check_centre(manifest, k, centre, image, whose, found):
+                continue
+            crop = cut(voxels, _start(centre, voxels.shape, record), record)
+            place = files.get(whose["shard_id"])
+            if place is None:
+                continue
+            if place not in opened:
+                opened[place] = open_plain(store, place)
+            offset = schema.DATA_OFFSET + whose["shard_row"] * record.crop_bytes
+            if os.pread(opened[place], record.crop_bytes, offset) != crop.tobytes():
+                found.error("crop-differs", place, "isn't what is cut from its scan", **whose)
+    except (BadFileError, OSError):
+        pass  # a shard that can't be read was told by the check of every file
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+
+
+def _check_centre(
+    manifest: Manifest,
+    k: int,
+    centre: npt.NDArray[np.int64],
+    image: Any,
+    whose: dict[str, Any],
+    found: Findings,
+) -> bool:
+    """Compare the centre voxel with ITK's; half-way between two voxels (within `TIE`) either is right."""
+    xyz = [float(manifest.numbers[f"{axis}_mm"][k]) for axis in "xyz"]
+    place = np.array(image.TransformPhysicalPointToContinuousIndex(xyz))[::-1]
+    nearest = np.rint(place).astype(np.int64)
+    if (nearest == centre).all() or (np.abs(place - centre) <= 0.5 + TIE).all():
+        return True
+    message = f"centre voxel is {centre.tolist()}, SimpleITK gives {nearest.tolist()}"
+    found.error("index-differs", schema.MANIFEST_FILE, message, **whose)
+    return False
+
+
+def _start(centre: npt.NDArray[np.int64], shape: tuple[int, ...], record: Record) -> list[int]:
+    start = []
+    for c, side, width in zip(centre.tolist(), shape, record.crop_shape, strict=True):
+        first = c - width // 2
+        if record.edge == "shift":
+            first = min(max(first, min(0, side - width)), max(0, side - width))
+        start.append(first)
+    return start
+
+
+def cut(voxels: Voxels, start: list[int], record: Record) -> Voxels:
+    """One crop in the store's dtype, HU clipped, the lower bound where it lies outside the scan."""
+    low, high = record.hu
+    crop = np.full(record.crop_shape, low, dtype=np.float32)
+    inner, outer = [], []
+    for first, side, width in zip(start, voxels.shape, record.crop_shape, strict=True):
+        begin, end = max(first, 0), min(first + width, side)
+        if begin >= end:
+            return crop.astype(record.dtype)
+        inner.append(slice(begin, end))
+        outer.append(slice(begin - first, end - first))
+    crop[tuple(outer)] = np.clip(voxels[tuple(inner)].astype(np.float32), low, high)
+    return crop.astype(record.dtype)
+
+
+def _check_volume(store: Path, record: Record, scan: dict[str, Any], voxels: Voxels, found: Findings) -> None:
+    place = scan["volume_file"]
+    if place is None:
+        return
+    grid, chunk = 0, voxels.shape
+    try:
+        for first, chunk, stored in stored_chunks(store, place, schema.HU_DATASET):
+            grid += 1
+            if not _chunk_is(stored, first, chunk, voxels, record.hu):
+                message = f"the chunk at {first} isn't the scan's, clipped to {record.hu}"
+                found.error("volume-differs", place, message, series_uid=scan["series_uid"])
+    except Exception:
+        return  # damage, which the structure and the checksums have told
+    if grid != np.prod([-(-side // c) for side, c in zip(voxels.shape, chunk, strict=True)]):
+        found.error("volume-differs", place, "some of its chunks are missing", series_uid=scan["series_uid"])
+
+
+def _chunk_is(
+    stored: bytes, first: tuple[int, ...], chunk: tuple[int, ...], voxels: Voxels, hu: tuple[float, float]
+) -> bool:
+    """Whether a stored chunk (shuffled, deflated) unpacks to the clipped scan there; bounded in memory."""
+    size = int(np.prod(chunk)) * 4
+    try:
+        plain = zlib.decompressobj().decompress(stored, size)
+    except zlib.error:
+        return False
+    if len(plain) != size:
+        return False
+    values = np.frombuffer(plain, np.uint8).reshape(4, -1).T.copy().view("<f4").reshape(chunk)
+    box = tuple(slice(f, f + c) for f, c in zip(first, chunk, strict=True))
+    expected = np.clip(voxels[box].astype(np.float32), *hu)
+    inside = tuple(slice(0, side) for side in expected.shape)
+    return values[inside].tobytes() == expected.tobytes()

@@ -1,0 +1,248 @@
+"""The HDF5 structure of shards, volumes and the front door, looked at without following anything.
+
+Nothing is read from a dataset here. Before an object's shape is asked for, its layout is known: asking a
+virtual dataset for its shape may open the files it names.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lunaprep import schema
+from lunaprep.verify.findings import Findings
+from lunaprep.verify.places import BadFileError, open_plain
+from lunaprep.verify.record import Record, ShardRecord
+
+MOST_ATTRIBUTE_BYTES = 4096
+
+_H5_TYPES = {"int16": h5py.h5t.STD_I16LE, "float32": h5py.h5t.IEEE_F32LE}
+_LAYOUTS = {
+    h5py.h5d.CHUNKED: "chunked",
+    h5py.h5d.CONTIGUOUS: "contiguous",
+    h5py.h5d.COMPACT: "compact",
+    h5py.h5d.VIRTUAL: "virtual",
+}
+_FORMAT_ATTRIBUTES: dict[str, Any] = {"format": schema.FORMAT, "version": schema.FORMAT_VERSION}
+
+
+def check_shard(store: Path, record: Record, shard: ShardRecord, found: Findings) -> None:
+    """Check that a shard of right size is one plain dataset whose crops lie where the format says.
+
+    Parameters
+    ----------
+    store, record, shard
+        The store, its store.json, and the shard's entry there.
+    found : Findings
+        Where problems go, under the codes ``hdf5-*``.
+    """
+
+    def look(file: h5py.File) -> None:
+        dataset = _only_dataset(file, schema.CROPS_DATASET)
+        _require_layout(dataset, h5py.h5d.CHUNKED, ())
+        shape = (shard.rows, *record.crop_shape)
+        _require_grid(dataset, record.dtype, shape, (1, *record.crop_shape))
+        for where in (h5py.h5g.open(file.id, b"/"), dataset):
+            count = h5py.h5a.get_num_attrs(where)
+            _require(count == 0, "hdf5-attribute", f"{count} attributes, expected none")
+        _require_places(dataset, shard.rows, record.crop_bytes)
+
+    _guarded(store, str(shard.file), look, found, shard_id=shard.id)
+
+
+def check_front_door(store: Path, record: Record, found: Findings) -> None:
+    """Check that crops.h5 maps all shards, in order, and nothing else."""
+    expected = {
+        **_FORMAT_ATTRIBUTES,
+        "store_id": record.store_id,
+        "manifest": schema.MANIFEST_FILE,
+        "NX_class": "NXdata",
+        "signal": schema.CROPS_DATASET,
+    }
+
+    def look(file: h5py.File) -> None:
+        dataset = _only_dataset(file, schema.CROPS_DATASET)
+        shards = record.shards_with_file
+        if shards:
+            plist = _require_layout(dataset, h5py.h5d.VIRTUAL, ())
+            _require_mapping(plist, record, shards)
+            fill = np.zeros((), dtype=record.dtype)
+            plist.get_fill_value(fill)
+            _require(
+                np.array_equal(fill, np.array(schema.FILL[record.dtype], record.dtype), equal_nan=True),
+                "hdf5-layout",
+                f"the fill value is {fill}, expected {schema.FILL[record.dtype]}",
+            )
+        else:
+            plist = dataset.get_create_plist()
+            _require(plist.get_layout() != h5py.h5d.VIRTUAL, "hdf5-layout", "maps files though the store has no crop")
+            _require(plist.get_external_count() == 0, "hdf5-layout", "its data is in an external file")
+        _require_grid(dataset, record.dtype, (record.counts["crops"], *record.crop_shape), None)
+        _require_attributes(file.id, expected)
+
+    _guarded(store, schema.FRONT_DOOR_FILE, look, found)
+
+
+def check_volume(store: Path, scan: dict[str, Any], found: Findings) -> None:
+    """Check a volume's structure and attributes against its row of scans.parquet."""
+    uid = scan["series_uid"]
+    shape = (scan["num_slices"], scan["num_rows"], scan["num_cols"])
+
+    def look(file: h5py.File) -> None:
+        dataset = _only_dataset(file, schema.HU_DATASET)
+        _require_layout(dataset, h5py.h5d.CHUNKED, (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE))
+        _require_grid(dataset, "float32", shape, None)
+        chunk = dataset.get_create_plist().get_chunk()
+        fits = all(c <= most for c, most in zip(chunk, schema.VOLUME_CHUNK_IRC, strict=True))
+        _require(fits, "hdf5-chunks", f"chunks of {chunk}, at most {schema.VOLUME_CHUNK_IRC} expected")
+        _require_attributes(file.id, {**_FORMAT_ATTRIBUTES, "series_uid": uid})
+        geometry = {name: scan[name] for name in ("origin", "spacing", "direction")}
+        _require_attributes(dataset, geometry)
+
+    _guarded(store, scan["volume_file"], look, found, series_uid=uid)
+
+
+def stored_chunks(store: Path, place: str, dataset: str) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], bytes]]:
+    """First voxel, chunk shape and stored bytes of each chunk, in row-major order of the chunks' grid.
+
+    The bytes are read from the file as they lie there: HDF5 unpacks nothing. A damaged or hostile file makes
+    h5py raise anything.
+    """
+    with h5py.File(store / place, "r", locking=False) as file:
+        found = _only_dataset(file, dataset)
+        shape, places = found.get_create_plist().get_chunk(), sorted(_chunks(found))
+    with os.fdopen(open_plain(store, place), "rb", buffering=0) as raw:
+        most = os.fstat(raw.fileno()).st_size
+        for first, offset, size in places:
+            yield first, shape, os.pread(raw.fileno(), min(size, most), offset)
+
+
+def _chunks(dataset: h5py.h5d.DatasetID) -> list[tuple[tuple[int, ...], int, int]]:
+    places: list[tuple[tuple[int, ...], int, int]] = []
+    dataset.chunk_iter(lambda chunk: places.append((tuple(chunk.chunk_offset), chunk.byte_offset, chunk.size)))
+    return places
+
+
+def _guarded(
+    store: Path,
+    place: str,
+    look: Callable[[h5py.File], None],
+    found: Findings,
+    **whose: Any,
+) -> None:
+    """Run `look` on an HDF5 file; whatever it or h5py raises becomes a finding."""
+    try:
+        with h5py.File(store / place, "r", locking=False) as file:
+            _require(file.userblock_size == 0, "hdf5-layout", "has a user block in front")
+            look(file)
+    except BadFileError as bad:
+        found.error(bad.code, place, str(bad), **whose)
+    except Exception as error:
+        message = f"HDF5 can't read it: {type(error).__name__}: {str(error)[:160]}"
+        found.error("hdf5-unreadable", place, message, **whose)
+
+
+def _require(holds: bool, code: str, message: str) -> None:
+    if not holds:
+        raise BadFileError(code, message)
+
+
+def _only_dataset(file: h5py.File, name: str) -> h5py.h5d.DatasetID:
+    """Open the one object of the file, having seen that it is a hard link to a dataset."""
+    links = file.id.links
+    count = file.id.get_num_objs()
+    _require(count == 1, "hdf5-object", f"{count} objects at its root, expected /{name} alone")
+    _require(links.exists(name.encode()), "hdf5-object", f"has no /{name}")
+    kind = links.get_info(name.encode()).type
+    _require(kind == h5py.h5l.TYPE_HARD, "hdf5-link", f"/{name} is a soft or external link; none is followed")
+    what = h5py.h5o.get_info(file.id, name.encode()).type
+    _require(what == h5py.h5o.TYPE_DATASET, "hdf5-object", f"/{name} isn't a dataset")
+    return h5py.h5d.open(file.id, name.encode())
+
+
+def _require_layout(dataset: h5py.h5d.DatasetID, layout: int, filters: tuple[int, ...]) -> h5py.h5p.PropDCID:
+    plist = dataset.get_create_plist()
+    got = plist.get_layout()
+    message = f"the dataset is {_LAYOUTS.get(got, got)}, expected {_LAYOUTS[layout]}"
+    if got == h5py.h5d.VIRTUAL and plist.get_virtual_count():
+        message += f"; it would read {plist.get_virtual_filename(0)!r:.120}"
+    _require(plist.get_external_count() == 0, "hdf5-layout", "its data is in an external file; it isn't opened")
+    _require(got == layout, "hdf5-layout", message)
+    used = tuple(plist.get_filter(k)[0] for k in range(plist.get_nfilters()))
+    _require(used == filters, "hdf5-filter", f"HDF5 filters {used}, expected {filters}")
+    return plist
+
+
+def _require_grid(
+    dataset: h5py.h5d.DatasetID, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...] | None
+) -> None:
+    same = dataset.get_type().equal(_H5_TYPES[dtype])
+    _require(bool(same), "hdf5-dtype", f"the elements are {dataset.dtype}, expected little-endian {dtype}")
+    space = dataset.get_space()
+    got = space.get_simple_extent_dims() if space.get_simple_extent_type() == h5py.h5s.SIMPLE else ()
+    _require(got == shape, "hdf5-shape", f"shape is {got}, expected {shape}")
+    most = space.get_simple_extent_dims(True)
+    _require(most == shape, "hdf5-shape", f"may grow to {most}, expected a fixed shape")
+    if chunk is not None:
+        real = dataset.get_create_plist().get_chunk()
+        _require(real == chunk, "hdf5-chunks", f"chunks of {real}, expected {chunk}")
+
+
+def _require_places(dataset: h5py.h5d.DatasetID, rows: int, crop_bytes: int) -> None:
+    """Crop k must lie at byte 4096 + k × crop bytes."""
+    places = _chunks(dataset)
+    _require(len(places) == rows, "hdf5-offset", f"{len(places)} crops have a place in the file, expected {rows}")
+    for (k, *_), offset, size in places:
+        expected = schema.DATA_OFFSET + k * crop_bytes
+        message = f"crop {k} lies at byte {offset} with {size} bytes, expected byte {expected} with {crop_bytes}"
+        _require((offset, size) == (expected, crop_bytes), "hdf5-offset", message)
+
+
+def _require_mapping(plist: h5py.h5p.PropDCID, record: Record, shards: list[ShardRecord]) -> None:
+    count = plist.get_virtual_count()
+    _require(count == len(shards), "hdf5-mapping", f"maps {count} shards, expected {len(shards)}")
+    start = 0
+    for k, shard in enumerate(shards):
+        name, inner = plist.get_virtual_filename(k), plist.get_virtual_dsetname(k)
+        _require(name == shard.file, "hdf5-mapping", f"mapping {k} reads {name!r:.120}, expected {shard.file!r}")
+        _require(inner.lstrip("/") == schema.CROPS_DATASET, "hdf5-mapping", f"mapping {k} reads dataset {inner!r:.80}")
+        last = tuple(side - 1 for side in record.crop_shape)
+        here = (start, 0, 0, 0), (start + shard.rows - 1, *last)
+        _require_box(plist.get_virtual_vspace(k), here, k)
+        _require_box(plist.get_virtual_srcspace(k), ((0, 0, 0, 0), (shard.rows - 1, *last)), k)
+        start += shard.rows
+
+
+def _require_box(space: h5py.h5s.SpaceID, box: tuple[tuple[int, ...], tuple[int, ...]], k: int) -> None:
+    if space.get_select_type() == h5py.h5s.SEL_ALL and not space.get_simple_extent_ndims():
+        return  # the whole of the source, whose shape the shard's own check has seen
+    got = space.get_select_bounds()
+    _require((tuple(got[0]), tuple(got[1])) == box, "hdf5-mapping", f"mapping {k} covers {got}, expected {box}")
+    size = int(np.prod([b - a + 1 for a, b in zip(*box, strict=True)]))
+    _require(space.get_select_npoints() == size, "hdf5-mapping", f"mapping {k} has holes")
+
+
+def _require_attributes(where: h5py.h5g.GroupID | h5py.h5d.DatasetID, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        _require(h5py.h5a.exists(where, name.encode()), "hdf5-attribute", f"has no attribute {name!r}")
+        attribute = h5py.h5a.open(where, name.encode())
+        _require(attribute.get_storage_size() <= MOST_ATTRIBUTE_BYTES, "hdf5-attribute", f"attribute {name} is huge")
+        got = _value(attribute)
+        _require(got == value, "hdf5-attribute", f"attribute {name} is {got!r:.120}, expected {value!r}")
+
+
+def _value(attribute: h5py.h5a.AttrID) -> Any:
+    """Text, number or list of numbers of an attribute."""
+    kind = attribute.get_type()
+    if isinstance(kind, h5py.h5t.TypeStringID):
+        holder = np.empty(attribute.shape, dtype=attribute.dtype)
+        attribute.read(holder, mtype=kind)
+        value = holder.item() if holder.size == 1 else b""
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    _require(isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID), "hdf5-attribute", "of an odd type")
+    holder = np.empty(attribute.shape, dtype=attribute.dtype)
+    attribute.read(holder)
+    return holder.tolist()

@@ -1,0 +1,259 @@
+"""Whether the tables' values make sense, by themselves, with each other and with store.json."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lunaprep import schema
+from lunaprep.verify.findings import MOST_ALIKE, Findings
+from lunaprep.verify.record import SHARD_ID, Record
+from lunaprep.verify.tables import Manifest
+
+TIE = 1e-6
+"""Voxels; a centre this near to half-way between two voxels may have gone to either."""
+
+Mask = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+_PLACE = schema.MANIFEST_FILE
+_AXES = ("index", "row", "col")
+_SIDES = ("num_slices", "num_rows", "num_cols")
+_HEX_128 = re.compile(r"[0-9a-f]{32}")
+
+
+def check_scans(record: Record, scans: list[dict[str, Any]], found: Findings) -> dict[str, dict[str, Any]]:
+    """Check scans.parquet row by row; return its good rows of status ok by series."""
+    good: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for scan in scans:
+        uid = scan["series_uid"]
+        problem = "series_uid stands twice" if uid in seen else _scan_problem(scan, record)
+        seen.add(uid)
+        if problem:
+            found.error("bad-value", schema.SCANS_FILE, problem, series_uid=uid)
+        elif scan["status"] == "ok":
+            good[uid] = scan
+    got = {
+        "scans_ok": sum(scan["status"] == "ok" for scan in scans),
+        "scans_failed": sum(scan["status"] == "failed" for scan in scans),
+        "crops": sum(scan["num_crops"] for scan in scans),
+        "volumes": sum(scan["volume_file"] is not None for scan in scans),
+    }
+    for name, number in got.items():
+        _check_count(name, number, record, schema.SCANS_FILE, found)
+    return good
+
+
+def _check_count(name: str, got: int, record: Record, place: str, found: Findings) -> None:
+    if got != record.counts[name]:
+        found.error("wrong-count", place, f"{name}: {got}, store.json counts {record.counts[name]}")
+
+
+def _scan_problem(scan: dict[str, Any], record: Record) -> str | None:
+    uid = scan["series_uid"]
+    if not uid or "/" in uid or "\0" in uid or uid in (".", ".."):
+        return f"series_uid {uid!r:.80} can't be a file's name"
+    if scan["status"] == "failed":
+        return None if scan["reason"] and scan["num_crops"] == 0 else "failed, but without a reason or with crops"
+    if scan["status"] != "ok":
+        return f"status is {scan['status']!r:.40}, expected one of {schema.STATUSES}"
+    sides = [scan[name] for name in _SIDES]
+    if any(side is None or side < 1 for side in sides):
+        return f"its shape is {sides}"
+    for name, length in (("spacing", 3), ("origin", 3), ("direction", 9)):
+        values = scan[name]
+        if values is None or len(values) != length or any(v is None or not math.isfinite(v) for v in values):
+            return f"{name} isn't {length} finite numbers"
+    if min(scan["spacing"]) <= 0 or abs(np.linalg.det(np.reshape(scan["direction"], (3, 3)))) < 1e-3:
+        return "spacing isn't positive, or direction is singular"
+    if scan["data_bytes"] is None or _HEX_128.fullmatch(scan["data_xxh3"] or "") is None:
+        return "data_bytes or data_xxh3 is missing or malformed"
+    if scan["is_thin"] != any(side < width for side, width in zip(sides, record.crop_shape, strict=True)):
+        return f"is_thin is {scan['is_thin']} for shape {sides} and crops of {record.crop_shape}"
+    return _range_problem(scan) or _volume_problem(scan)
+
+
+def _range_problem(scan: dict[str, Any]) -> str | None:
+    low, high, share = scan["hu_min"], scan["hu_max"], scan["clipped_share"]
+    if low is None or high is None or not -math.inf < low <= high < math.inf:
+        return f"hu_min {low} and hu_max {high} are no range"
+    return None if share is not None and 0 <= share <= 1 else f"clipped_share is {share}"
+
+
+def _volume_problem(scan: dict[str, Any]) -> str | None:
+    fields = [scan[f"volume_{name}"] for name in ("file", "bytes", "sha256", "chunk_xxh3")]
+    if all(field is None for field in fields):
+        return None
+    if any(field is None for field in fields):
+        return "some of the volume_ columns are null, some not"
+    expected = f"{schema.VOLUMES_DIR}/subset{scan['subset']}/{scan['series_uid']}.h5"
+    return None if fields[0] == expected else f"volume_file is {fields[0]!r:.120}, expected {expected}"
+
+
+def check_manifest(record: Record, scans: list[dict[str, Any]] | None, manifest: Manifest, found: Findings) -> None:
+    """Check crops.parquet: row by row, as a whole, and against scans.parquet where that is readable."""
+    _check_count("crops", manifest.num_rows, record, _PLACE, found)
+    _check_count("nodules", int(manifest.numbers["is_nodule"].sum()), record, _PLACE, found)
+    _check_rows(manifest, found)
+    _check_order(record, manifest, found)
+    _check_ranks(record, manifest, found)
+    _check_patients(manifest, found)
+    if scans is not None:
+        _check_against_scans(record, scans, manifest, found)
+
+
+def _tell(found: Findings, manifest: Manifest, mask: Mask, code: str, message: str) -> None:
+    """Add an error for each row of the mask; beyond `MOST_ALIKE` they are only counted."""
+    rows = np.flatnonzero(mask)
+    for k in rows[:MOST_ALIKE]:
+        found.error(code, _PLACE, message, **manifest.crop(int(k)))
+    if len(rows) > MOST_ALIKE:
+        found.count(code, _PLACE, len(rows) - MOST_ALIKE)
+
+
+def _check_rows(manifest: Manifest, found: Findings) -> None:
+    n = manifest.numbers
+    centres = np.stack([n[f"{axis}_mm"] for axis in "xyz"])
+    _tell(found, manifest, ~np.isfinite(centres).all(axis=0), "bad-value", "its centre isn't finite")
+    diameter = n["diameter_mm"]
+    bad = ~(np.isnan(diameter) | ((diameter > 0) & np.isfinite(diameter)))
+    _tell(found, manifest, bad, "bad-value", "diameter_mm is neither positive nor NaN")
+    for name in ("split_series", "split_candidate"):
+        mask = manifest.texts[name].recode({split: k for k, split in enumerate(schema.SPLITS)}) < 0
+        _tell(found, manifest, mask, "bad-value", f"{name} is neither train nor val")
+    ids = n["candidate_id"]
+    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    twice = np.isin(ids, ids[first[counts > 1]]) | (ids < 0)
+    _tell(found, manifest, twice, "duplicate-candidate", "its candidate_id stands in another row too, or is negative")
+
+
+def _check_order(record: Record, manifest: Manifest, found: Findings) -> None:
+    """Rows must be the shards' rows, shard after shard; within one by series, start and candidate."""
+    shards = record.shards_with_file
+    shard = manifest.texts["shard_id"].recode({s.id: k for k, s in enumerate(shards)})
+    row = manifest.numbers["shard_row"].astype(np.int64)
+    expected_shard = np.repeat(np.arange(len(shards)), [s.rows for s in shards])
+    expected_row = np.concatenate([np.arange(s.rows) for s in shards] or [np.empty(0, np.int64)])
+    size = min(len(expected_row), manifest.num_rows)
+    _tell(found, manifest, shard < 0, "unknown-shard", "store.json has no such shard")
+    wrong = np.zeros(manifest.num_rows, dtype=bool)
+    wrong[:size] = (shard[:size] != expected_shard[:size]) | (row[:size] != expected_row[:size])
+    wrong[size:] = True
+    if wrong.any():
+        _tell(found, manifest, wrong, "bad-order", "isn't where store.json's shards put it")
+        return
+    uids = manifest.texts["series_uid"]
+    place = {uid: k for k, uid in enumerate(sorted(uids.values))}
+    series = uids.recode(place)
+    keys = [manifest.numbers[name] for name in ("candidate_id", "start_col", "start_row", "start_index")]
+    order = np.lexsort((*keys, series, shard))
+    _tell(found, manifest, order != np.arange(len(order)), "bad-order", "out of order within its shard")
+    homes = np.unique(series * max(1, len(shards)) + shard) // max(1, len(shards))
+    split = np.isin(series, homes[1:][homes[1:] == homes[:-1]])
+    _tell(found, manifest, split, "bad-order", "its scan is spread over two shards")
+    subset = np.array([int(match[1]) if (match := SHARD_ID.match(s.id)) else -1 for s in shards], dtype=np.int64)
+    other = subset[shard] != manifest.numbers["subset"] if len(shards) else wrong
+    _tell(found, manifest, other, "bad-value", "its subset isn't that of its shard")
+
+
+def _check_ranks(record: Record, manifest: Manifest, found: Findings) -> None:
+    """size_rank must number the rows by falling (is_nodule, diameter), and give split_candidate."""
+    n, size = manifest.numbers, manifest.num_rows
+    rank = n["size_rank"]
+    if not np.array_equal(np.sort(rank), np.arange(size)):
+        off = (rank < 0) | (rank >= size)
+        _, first, counts = np.unique(rank, return_index=True, return_counts=True)
+        off |= np.isin(rank, rank[first[counts > 1]])
+        _tell(found, manifest, off, "bad-rank", "size_rank stands twice or is out of range")
+        return
+    order = np.argsort(rank)
+    diameter = np.nan_to_num(n["diameter_mm"][order], nan=0.0, posinf=0.0, neginf=0.0)
+    nodule = n["is_nodule"][order].astype(np.int64)
+    up = (nodule[1:] > nodule[:-1]) | ((nodule[1:] == nodule[:-1]) & (diameter[1:] > diameter[:-1]))
+    mask = np.zeros(size, dtype=bool)
+    mask[order[1:][up]] = True
+    _tell(found, manifest, mask, "bad-rank", "is larger than the row ranked before it")
+    if record.val_stride > 0:
+        is_val = manifest.texts["split_candidate"].recode({"val": 1}) == 1
+        wrong = is_val != (rank % record.val_stride == 0)
+        _tell(found, manifest, wrong, "bad-split", f"split_candidate isn't every {record.val_stride}th by size_rank")
+
+
+def _check_patients(manifest: Manifest, found: Findings) -> None:
+    """All rows of a patient (or of a series without one) must lie on one side of split_series."""
+    patient, series = manifest.texts["patient_id"], manifest.texts["series_uid"]
+    person = np.where(patient.codes >= 0, patient.codes, len(patient.values) + series.codes)
+    is_val = manifest.texts["split_series"].recode({"val": 1}) == 1
+    both = np.intersect1d(person[is_val], person[~is_val])
+    _tell(found, manifest, np.isin(person, both), "bad-split", "split_series puts its patient on both sides")
+
+
+def _check_against_scans(record: Record, scans: list[dict[str, Any]], manifest: Manifest, found: Findings) -> None:
+    scan = manifest.texts["series_uid"].recode({s["series_uid"]: k for k, s in enumerate(scans)})
+    _tell(found, manifest, scan < 0, "unknown-series", "scans.parquet has no good scan of this series")
+    num_crops = np.bincount(scan[scan >= 0], minlength=len(scans))
+    for k, entry in enumerate(scans):
+        if entry["num_crops"] != num_crops[k]:
+            message = f"num_crops is {entry['num_crops']}, crops.parquet has {num_crops[k]} rows of it"
+            found.error("wrong-count", schema.SCANS_FILE, message, series_uid=entry["series_uid"])
+    if not scans:
+        return
+    known = scan >= 0
+    patients = {p: k for k, p in enumerate({s["patient_id"] for s in scans} - {None})}
+    whose = np.array([patients.get(s["patient_id"], -1) for s in scans], dtype=np.int64)
+    mine = manifest.texts["patient_id"]
+    unknown = (mine.codes >= 0) & (mine.recode(patients) < 0)
+    wrong = known & (unknown | (mine.recode(patients) != whose[scan]))
+    _tell(found, manifest, wrong, "bad-value", "patient_id isn't that of its scan")
+    subset = np.array([s["subset"] for s in scans], dtype=np.int64)
+    wrong = known & (manifest.numbers["subset"] != subset[scan])
+    _tell(found, manifest, wrong, "bad-value", "subset isn't that of its scan")
+    _check_windows(record, scans, manifest, scan, found)
+
+
+def _check_windows(
+    record: Record, scans: list[dict[str, Any]], manifest: Manifest, scan: Ints, found: Findings
+) -> None:
+    """Centre voxel, start and is_padded must follow from the centre, the grid and the parameters."""
+    n, known = manifest.numbers, scan >= 0
+    sides = np.array([[s[name] for name in _SIDES] for s in scans], dtype=np.int64)[scan]
+    centre = np.stack([n[axis].astype(np.int64) for axis in _AXES], axis=1)
+    start = np.stack([n[f"start_{axis}"].astype(np.int64) for axis in _AXES], axis=1)
+    outside = known & ((centre < 0) | (centre >= sides)).any(axis=1)
+    _tell(found, manifest, outside, "bad-place", "its centre voxel lies outside its scan")
+    off = np.abs(_continuous_irc(scans, manifest, scan) - centre)
+    with np.errstate(invalid="ignore"):
+        _tell(
+            found,
+            manifest,
+            known & ~(off <= 0.5 + TIE).all(axis=1),
+            "bad-place",
+            "its centre in mm lies in another voxel",
+        )
+    wrong = known & (start != expected_start(centre, sides, record)).any(axis=1)
+    _tell(found, manifest, wrong, "bad-start", f"its start isn't that of --edge {record.edge}")
+    padded = ((start < 0) | (start + record.crop_shape > sides)).any(axis=1)
+    _tell(found, manifest, known & (padded != n["is_padded"]), "bad-value", "is_padded is wrong")
+
+
+def _continuous_irc(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints) -> npt.NDArray[np.float64]:
+    to_index = np.array(
+        [np.linalg.inv(np.reshape(s["direction"], (3, 3))) / np.reshape(s["spacing"], (3, 1)) for s in scans]
+    )
+    origin = np.array([s["origin"] for s in scans])
+    xyz = np.stack([manifest.numbers[f"{axis}_mm"] for axis in "xyz"], axis=1)
+    with np.errstate(all="ignore"):
+        index: npt.NDArray[np.float64] = np.einsum("kij,kj->ki", to_index[scan], xyz - origin[scan])
+    return index[:, ::-1]
+
+
+def expected_start(centre: Ints, sides: Ints, record: Record) -> Ints:
+    """First voxel of the crop of each centre voxel, (..., 3), by the rule of ``--edge``."""
+    width = np.array(record.crop_shape)
+    start = centre - width // 2
+    if record.edge == "pad":
+        return np.asarray(start)
+    return np.asarray(np.clip(start, np.minimum(0, sides - width), np.maximum(0, sides - width)))
