@@ -260,14 +260,14 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
 @cli.command()
 @_store_argument
 @click.option("--level", type=click.Choice(["quick", "full", "source"]), default="full", show_default=True,
-              help="quick: structure and sizes; full: every checksum; source: also cut again from the scans.")  # fmt: skip
+              help="quick: structure, sizes; full: every checksum; source: also cut again from the scans.")  # fmt: skip
 @_data_option
 @_json_option
 @click.pass_context
 def verify(ctx: click.Context, store: Path | None, level: str, data: Path | None, as_json: bool) -> None:
-    r"""Look for damage in STORE (default: the current folder); with --data, also hold a download against its data sheet.
+    r"""Look for damage in STORE (default: the current folder).
 
-    Exit code 4 says that damage was found; each piece is named by shard, row and series. Without a store, --data
+    With --data, also hold a download of LUNA16 against its data sheet. Exit code 4 says that damage was found; each piece is named by shard, row and series. Without a store, --data
     alone checks the download.
 
     \b

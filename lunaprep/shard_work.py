@@ -28,7 +28,11 @@ from lunaprep.store.volume import VolumeWriter
 SLAB_SLICES = 32
 """Slices read at a time: a multiple of the volume chunk's depth."""
 
-BATCH_CROPS = 64
+BATCH_CROPS = 7
+"""Crops cut before they are hashed and written: about 1 MB, so that they are still in the cache then."""
+
+WINDOW_SLABS = 2
+"""Slabs the window holds besides what the next crop may reach back to; with one, every slice would be moved once."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,7 @@ class _Window:
         self.num_clipped = 0
         self._hu = hu
         self._keep = depth - 1
-        self._buffer = np.empty((min(SLAB_SLICES + self._keep, num_slices), num_rows, num_cols), dtype=dtype)
+        self._buffer = np.empty((min(WINDOW_SLABS * SLAB_SLICES + self._keep, num_slices), num_rows, num_cols), dtype=dtype)
 
     @property
     def slices(self) -> npt.NDArray[Any]:
@@ -362,7 +366,7 @@ def worker_bytes(shard: ShardPlan, crop_shape: tuple[int, int, int], dtype: str)
     most = 0
     for job in shard.jobs:
         slices, rows, cols = job.scan.geometry.shape_irc
-        window = (min(SLAB_SLICES + crop_shape[0], slices) + SLAB_SLICES) * rows * cols * size
+        window = (min(WINDOW_SLABS * SLAB_SLICES + crop_shape[0], slices) + SLAB_SLICES) * rows * cols * size
         whole = slices * rows * cols * job.scan.dtype.itemsize if job.scan.reader == "simpleitk" else 0
         most = max(most, window + whole)
     return INTERPRETER_BYTES + most + BATCH_CROPS * schema.crop_bytes(crop_shape, dtype)

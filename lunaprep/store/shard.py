@@ -107,6 +107,10 @@ class ShardWriter:
         self.dtype = dtype
         self.crop_xxh3: list[str] = []
         self._crop_bytes = schema.crop_bytes(crop_shape, dtype)
+        # the hash of the file as planned grows with the crops; a scan that fails spoils it, see `finish`
+        self._header = shard_header(num_rows, crop_shape, dtype)
+        self._planned = num_rows
+        self._sha256: Any = hashlib.sha256(self._header)
         partial.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -129,6 +133,8 @@ class ShardWriter:
 
     def rewind(self, num_rows: int) -> None:
         """Forget all crops from row `num_rows` on (a scan that failed half-way)."""
+        if num_rows < self.num_rows:
+            self._sha256 = None
         del self.crop_xxh3[num_rows:]
 
     def append(self, crops: npt.NDArray[Any]) -> None:
@@ -140,17 +146,20 @@ class ShardWriter:
             write_all(self._fd, data, schema.DATA_OFFSET + self.num_rows * self._crop_bytes)
         except OSError as error:
             raise explain_no_space(error, self.partial) from error
+        if self._sha256 is not None:
+            self._sha256.update(data)
         for start in range(0, data.nbytes, self._crop_bytes):
             self.crop_xxh3.append(xxhash.xxh3_64_hexdigest(data[start : start + self._crop_bytes]))
 
     def finish(self) -> tuple[int, str]:
         """Write the header and flush to the disk; return the file's size and SHA-256."""
-        header = shard_header(self.num_rows, self.crop_shape, self.dtype)
+        is_planned = self.num_rows == self._planned
+        header = self._header if is_planned else shard_header(self.num_rows, self.crop_shape, self.dtype)
         size = schema.DATA_OFFSET + self.num_rows * self._crop_bytes
         try:
             write_all(self._fd, header, 0)
             os.ftruncate(self._fd, size)
-            sha256 = self._hash()
+            sha256 = str(self._sha256.hexdigest()) if is_planned and self._sha256 is not None else self._hash()
             os.fsync(self._fd)
         except OSError as error:
             raise explain_no_space(error, self.partial) from error

@@ -77,11 +77,6 @@ class _DiskFile:
         os.close(self._fd)
 
 
-def shuffle_bytes(chunk: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """HDF5's shuffle filter: the first bytes of all values, then the second bytes, and so on."""
-    return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).reshape(-1, chunk.itemsize).T.copy()
-
-
 class VolumeWriter:
     """Write one scan slab by slab, in slice order; `finish` makes the file whole.
 
@@ -118,8 +113,11 @@ class VolumeWriter:
         )
         for name in ("origin", "spacing", "direction"):
             self._hu.attrs[name] = np.array(getattr(geometry, name), dtype="<f8")
-        self._pending = np.empty((0, *self._shape[1:]), dtype=np.float32)
         self._next = 0
+        self._filled = 0
+        self._layer = np.zeros((self._chunk[0], *self._shape[1:]), dtype="<f4")
+        self._block = np.zeros(self._chunk, dtype="<f4")
+        self._planes = np.zeros((4, *self._chunk), dtype=np.uint8)
 
     def __enter__(self) -> "VolumeWriter":
         return self
@@ -130,30 +128,36 @@ class VolumeWriter:
 
     def append(self, slab: npt.NDArray[Any]) -> None:
         """Add the next (k, rows, columns) slices, clipped HU."""
-        depth = self._chunk[0]
-        slices = slab.astype(np.float32, copy=False)
-        if len(self._pending):
-            slices = np.concatenate([self._pending, slices])
-        is_last = self._next + len(slices) == self._shape[0]
-        whole = len(slices) if is_last else len(slices) // depth * depth
-        for first in range(0, whole, depth):
-            self._write_layer(slices[first : min(first + depth, whole)])
-        self._pending = slices[whole:].copy()
+        while len(slab):
+            taken = slab[: len(self._layer) - self._filled]
+            self._layer[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            slab = slab[len(taken) :]
+            if self._filled == len(self._layer) or self._next + self._filled == self._shape[0]:
+                self._write_layer()
 
-    def _write_layer(self, layer: npt.NDArray[np.float32]) -> None:
+    def _write_layer(self) -> None:
+        """Compress and write one layer of chunks."""
+        self._layer[self._filled :] = 0
         _, height, width = self._chunk
-        block = np.zeros(self._chunk, dtype=np.float32)
         for row in range(0, self._shape[1], height):
             for col in range(0, self._shape[2], width):
-                part = layer[:, row : row + height, col : col + width]
-                if part.shape != self._chunk:
-                    block[:] = 0
-                block[: part.shape[0], : part.shape[1], : part.shape[2]] = part
-                data = isal_zlib.compress(shuffle_bytes(block), DEFLATE_LEVEL)
+                data = self._encode(self._layer[:, row : row + height, col : col + width])
                 self.chunk_xxh3.append(xxhash.xxh3_64_hexdigest(data))
                 self._hu.id.write_direct_chunk((self._next, row, col), data)
-        self._next += len(layer)
+        self._next += self._filled
+        self._filled = 0
         self._check()
+
+    def _encode(self, part: npt.NDArray[np.float32]) -> bytes:
+        """Shuffle (all first bytes, then all second bytes, ...) and deflate the bytes of one chunk."""
+        if part.shape != self._chunk:
+            self._block.fill(0)
+        self._block[: part.shape[0], : part.shape[1], : part.shape[2]] = part
+        bits = self._block.view("<u4")
+        for plane in range(4):  # shifting is half again as fast as copying every fourth byte
+            np.right_shift(bits, 8 * plane, out=self._planes[plane], casting="unsafe")
+        return bytes(isal_zlib.compress(self._planes, DEFLATE_LEVEL))
 
     def _check(self) -> None:
         if self._file.error is not None:
