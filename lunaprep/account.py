@@ -50,9 +50,9 @@ class Preview:
             f"scans       {self.scans:,} to be in the store, {len(self.failed):,} unusable",
             f"candidates  {self.crops:,} crops ({self.dtype}), {self.nodules:,} nodules",
             f"shards      {work}",
-            f"disk        reads {_size(self.read_bytes)}, writes about {_size(self.write_bytes)}; "
-            f"{_size(self.free_bytes)} free",
-            f"memory      {self.workers} workers, up to {_size(self.worker_bytes)} each",
+            f"disk        reads {size_text(self.read_bytes)}, writes about {size_text(self.write_bytes)}; "
+            f"{size_text(self.free_bytes)} free",
+            f"memory      {self.workers} workers, up to {size_text(self.worker_bytes)} each",
         ]
         return "\n".join([*lines, *(f"changed     {change}" for change in self.changes)])
 
@@ -102,7 +102,7 @@ class Account:
             f"{self.scans_failed:,} failed{absent}",
             f"candidates  {self.candidates:,} in the tables -> {self.crops:,} crops, {self.nodules:,} nodules; "
             f"{self.candidates_absent:,} of other series, {self.candidates_outside:,} outside their scan",
-            f"written     {_size(self.bytes_written)} in {self.seconds:.1f} s{speed}",
+            f"written     {size_text(self.bytes_written)} in {self.seconds:.1f} s{speed}",
             f"store       {self.store_id}, {self.volumes:,} volumes",
         ]
         if self.nodules_unmatched:
@@ -200,10 +200,10 @@ def _changes(plan: Plan, record: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes for a reader.
 
-    >>> _size(512), _size(3_210_000), _size(8.13e10)
+    >>> size_text(512), size_text(3_210_000), size_text(8.13e10)
     ('512 B', '3.2 MB', '81.3 GB')
     """
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 
 from lunaprep import schema
-from lunaprep.account import Account, Preview, make_account, make_preview
+from lunaprep.account import Account, Preview, make_account, make_preview, size_text
 from lunaprep.carried import SHARD_ID, Carried, carry_over, check_same_crops, shard_place, store_subsets
-from lunaprep.errors import NoSpaceError, StoreError
-from lunaprep.finished import SeenInputs, find_finished
+from lunaprep.errors import NoSpaceError, StoreError, UsageError
+from lunaprep.finished import Finished, SeenInputs, find_finished
 from lunaprep.machine import available_bytes, default_workers, free_disk_bytes
 from lunaprep.manifest import built_rows, complete_rows, scan_row
 from lunaprep.parallel import run_tasks
@@ -120,13 +120,27 @@ def _planned_subsets(plan: Plan) -> set[int]:
 def _plan(options: BuildOptions, parameters: Parameters, record: Mapping[str, Any] | None) -> tuple[Plan, SeenInputs]:
     subsets = options.subsets
     if subsets is not None:  # what the store has besides, and the data folder still holds, is kept up to date too
-        known = {number for number in store_subsets(record) if (options.data / f"subset{number}").is_dir()}
+        known = {number for number in store_subsets(options.out) if (options.data / f"subset{number}").is_dir()}
         subsets = tuple(sorted({*subsets, *known}))
     source = read_source(options.data, subsets, options.tables)
     plan = make_plan(source, parameters, volumes=options.volumes, limit=options.limit)
-    finished, seen = find_finished(options.out), SeenInputs(options.out)
+    finished, seen = find_finished(options.out, record), SeenInputs(options.out)
+    _check_nothing_lost(plan, finished)
     seen.watch(job.scan for shard in plan.shards for job in shard.jobs)
     return decide(plan, finished.receipts, finished.is_there, seen.unchanged), seen
+
+
+def _check_nothing_lost(plan: Plan, finished: Finished) -> None:
+    planned = {job.scan.series_uid for shard in plan.shards for job in shard.jobs}
+    planned |= {item.found.series_uid for item in plan.failed}
+    lost = sorted(finished.series_of(plan.source.subsets) - planned)
+    if lost:
+        scans = f"{len(lost)} scan{'s' * (len(lost) > 1)}"
+        message = (
+            f"{finished.out} holds {scans} that this build would leave out, such as {lost[0]}. Put the files back, "
+            "leave --limit out, or choose another --out"
+        )
+        raise UsageError(message)
 
 
 def _resources(plan: Plan, options: BuildOptions) -> tuple[int, int, int]:
@@ -143,8 +157,8 @@ def _resources(plan: Plan, options: BuildOptions) -> tuple[int, int, int]:
 def _check_space(about: Preview) -> None:
     if about.write_bytes and about.write_bytes + SPARE_BYTES > about.free_bytes:
         message = (
-            f"the disk of the store has {about.free_bytes / 1e9:.1f} GB free, and about "
-            f"{about.write_bytes / 1e9:.1f} GB are to be written. Free some, choose another --out, take fewer "
+            f"the disk of the store has {size_text(about.free_bytes)} free, and about "
+            f"{size_text(about.write_bytes + SPARE_BYTES)} are needed. Free some, choose another --out, take fewer "
             "--subsets, or leave the volumes out (--no-volumes)"
         )
         raise NoSpaceError(message)

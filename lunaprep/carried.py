@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lunaprep import schema
-from lunaprep.errors import UsageError
+from lunaprep.errors import StoreError, UsageError
 from lunaprep.store.tables import read_table
 
 SHARD_ID = re.compile(r"subset(\d+)-(\d+)-[0-9a-f]{12}")
@@ -35,9 +35,10 @@ def shard_place(shard_id: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def store_subsets(record: Mapping[str, Any] | None) -> set[int]:
-    """Subsets a store holds shards of."""
-    return {shard_place(shard["id"])[0] for shard in record["shards"]} if record else set()
+def store_subsets(out: Path) -> set[int]:
+    """Subsets a store holds shards of, as its receipts' names tell (store.json may be damaged)."""
+    names = (path.stem for path in (out / schema.SHARDS_DIR).glob("*.json"))
+    return {shard_place(name)[0] for name in names if SHARD_ID.fullmatch(name)}
 
 
 def carry_over(out: Path, record: Mapping[str, Any] | None, planned: Collection[int]) -> Carried:
@@ -46,14 +47,25 @@ def carry_over(out: Path, record: Mapping[str, Any] | None, planned: Collection[
     Raises
     ------
     StoreError
-        The store's tables are damaged.
+        The store's tables are damaged, and the scans to make them again from are not there.
     """
-    keep = store_subsets(record) - set(planned)
-    if not keep or record is None:
+    keep = store_subsets(out) - set(planned)
+    if not keep:
         empty = pd.DataFrame(columns=[column.name for column in schema.MANIFEST_COLUMNS])
         return Carried(empty, pd.DataFrame(columns=[column.name for column in schema.SCAN_COLUMNS]), ())
-    rows = read_table(out / schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS)
-    scans = read_table(out / schema.SCANS_FILE, schema.SCAN_COLUMNS)
+    try:
+        if record is None:
+            message = f"{schema.STORE_FILE} is missing or damaged"
+            raise StoreError(message)
+        rows = read_table(out / schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS)
+        scans = read_table(out / schema.SCANS_FILE, schema.SCAN_COLUMNS)
+    except StoreError as error:
+        names = ", ".join(f"subset{number}" for number in sorted(keep))
+        message = (
+            f"{out}: {str(error).split('. ')[0]}, so the rows of {names} are lost, and the data folder does not have "
+            "the scans. Put them back and build again, or choose another --out"
+        )
+        raise StoreError(message) from error
     shards = tuple(shard for shard in record["shards"] if shard_place(shard["id"])[0] in keep)
     return Carried(rows[rows["subset"].isin(keep)], scans[scans["subset"].isin(keep)], shards)
 
@@ -73,8 +85,9 @@ def check_same_crops(carried: Carried, record: Mapping[str, Any] | None, wanted:
     for name in ("crop_shape", "hu", "edge", "dtype"):
         if had[name] != want[name]:
             subset = shard_place(carried.shards[0]["id"])[0]
+            old = " ".join(map(str, had[name])) if isinstance(had[name], list) else had[name]
             message = (
-                f"subset{subset} of the store was made with {name} {had[name]}, not {want[name]}, and its scans are "
-                f"not in the data folder. Use --{name.replace('_', '-')} {had[name]}, or another --out"
+                f"subset{subset} of the store was made with another {name}, and its scans are not in the data folder. "
+                f"Use --{name.replace('_', '-')} {old}, or another --out"
             )
             raise UsageError(message)

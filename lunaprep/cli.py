@@ -38,13 +38,32 @@ class _Commands(click.Group):
         except LunaprepError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept, run the same command again to go on", EXIT_INTERRUPTED)
+            _fail_interrupted()
         except OSError as error:
+            if _interrupts:
+                _fail_interrupted()
             if error.errno == errno.EPIPE:
                 _fail("the reader of the output went away", 1)
             place = f"{error.filename}: " if error.filename else ""
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             _fail(f"{place}{error.strerror or error}", EXIT_NO_SPACE if full else 1)
+        except Exception:
+            if _interrupts:  # it hit a library that made another error of it
+                _fail_interrupted()
+            raise
+
+
+_interrupts: list[int] = []
+"""Signals received; a list, because a handler can only leave notes."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def _fail_interrupted() -> None:
+    _fail("interrupted; what was finished is kept, run the same command again to go on", EXIT_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:
@@ -52,7 +71,7 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
-class _Bytes(click.ParamType):
+class _Bytes(click.ParamType[int]):
     """A size such as 1GiB, 500MB or 4096."""
 
     name = "size"
@@ -67,7 +86,7 @@ class _Bytes(click.ParamType):
         return int(float(match[1]) * units[match[2]])
 
 
-class _Subsets(click.ParamType):
+class _Subsets(click.ParamType[tuple[int, ...]]):
     """Subset numbers such as 0-9, 3 or 0,2,5-7."""
 
     name = "subsets"
@@ -94,6 +113,7 @@ _data_option = click.option(
     help="Folder with subset0 to subset9 and the CSV files.  [default: $LUNA16_ROOT, else ./data]",
 )
 _file_path = click.Path(path_type=Path, dir_okay=False)
+_table_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 def _data_folder(data: Path | None) -> Path:
@@ -114,7 +134,7 @@ def _print_lines(lines: Sequence[str]) -> None:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lunaprep")
 def cli() -> None:
-    r"""Turn chest CT scans and their annotations into a verified store of volumes and candidate crops.
+    """Turn chest CT scans and their annotations into a verified store of volumes and candidate crops.
 
     \b
     Example:
@@ -133,8 +153,8 @@ def cli() -> None:
 )
 @click.option("--hard", is_flag=True, help="Nodules that a threshold cannot find.")
 @_json_option
-def phantom(folder: Path, scans: int, seed: int, size: tuple[int, int, int] | None, hard: bool, as_json: bool) -> None:
-    r"""Make a synthetic LUNA16 in FOLDER: scans, annotations and candidates.
+def phantom(folder: Path, scans: int, seed: int, size: tuple[int, int, int], hard: bool, as_json: bool) -> None:
+    """Make a synthetic LUNA16 in FOLDER: scans, annotations and candidates.
 
     \b
     Example:
@@ -145,11 +165,8 @@ def phantom(folder: Path, scans: int, seed: int, size: tuple[int, int, int] | No
 
     from lunaprep.sources.phantom import write_phantom
 
-    options = {"num_scans": scans, "seed": seed, "hard": hard}
-    if size:
-        options["size"] = size
     with _bar("phantom", scans) as advance:
-        summary = write_phantom(folder, **options, progress=advance)
+        summary = write_phantom(folder, scans, seed, size, hard=hard, progress=advance)
     if as_json:
         _print_json(asdict(summary))
     else:
@@ -187,12 +204,12 @@ class _bar:  # noqa: N801
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: the cores, as far as memory allows]")
 @click.option("--source", type=click.Choice(["luna16"]), default="luna16", show_default=True, help="Kind of data set.")
 @click.option(
-    "--candidates", type=_file_path, help="[default: candidates_V2.csv, else candidates.csv, in the data folder]"
+    "--candidates", type=_table_path, help="[default: candidates_V2.csv, else candidates.csv, in the data folder]"
 )
-@click.option("--annotations", type=_file_path, help="[default: annotations.csv in the data folder]")
-@click.option("--malignancy", type=_file_path, help="[default: annotations_with_malignancy.csv, if there]")
+@click.option("--annotations", type=_table_path, help="[default: annotations.csv in the data folder]")
+@click.option("--malignancy", type=_table_path, help="[default: annotations_with_malignancy.csv, if there]")
 @click.option(
-    "--patients", type=_file_path, help="CSV with seriesuid and patient_id.  [default: patients.csv, if there]"
+    "--patients", type=_table_path, help="CSV with seriesuid and patient_id.  [default: patients.csv, if there]"
 )
 @click.option("--crop-shape", nargs=3, type=int, default=(32, 48, 48), show_default=True, help="Slices, rows, columns.")
 @click.option(
@@ -211,8 +228,8 @@ class _bar:  # noqa: N801
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @_json_option
 @click.pass_context
-def build(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) -> None:
-    r"""Build a store from scans and tables, or bring one up to date.
+def build(ctx: click.Context, /, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Build a store from scans and tables, or bring one up to date.
 
     Run the same command again to go on after any interruption; add subsets later with another build into the
     same --out. Exit code 3 says that the store is built but some scans or table rows could not be used.
@@ -265,10 +282,10 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
 @_json_option
 @click.pass_context
 def verify(ctx: click.Context, store: Path | None, level: str, data: Path | None, as_json: bool) -> None:
-    r"""Look for damage in STORE (default: the current folder).
+    """Look for damage in STORE (default: the current folder).
 
-    With --data, also hold a download of LUNA16 against its data sheet. Exit code 4 says that damage was found; each piece is named by shard, row and series. Without a store, --data
-    alone checks the download.
+    With --data, also hold a download of LUNA16 against its data sheet; without a store, only that. Exit code 4
+    says that damage was found; each piece is named by shard, row and series.
 
     \b
     Example:
@@ -290,13 +307,13 @@ def verify(ctx: click.Context, store: Path | None, level: str, data: Path | None
         merged: dict[str, Any] = {}
         for report in reports:
             merged |= report.to_json()
-        _print_json(merged)
+        _print_json({**merged, "ok": all(report.ok for report in reports)})
     if not all(report.ok for report in reports):
         ctx.exit(EXIT_DAMAGE)
 
 
 def _check_data(data: Path, quiet: bool) -> Any:
-    from lunaprep.datasheet import check_data
+    from lunaprep.download import check_data
 
     report = check_data(data)
     if not quiet:
@@ -319,7 +336,12 @@ def _verify_store(store: Path, level: str, data: Path | None, quiet: bool) -> An
         report = verify_store(store, level, source, advance)  # type: ignore[arg-type]
     if not quiet:
         _print_lines([finding.line() for finding in report.findings])
-        click.echo(report.text())
+        counts = report.counts
+        verdict = "no damage found" if report.ok else "DAMAGED. Delete the files named; build makes them again"
+        click.echo(
+            f"{store} ({level}): {counts['shards']} shards, {counts['crops']:,} crops, {counts['volumes']:,} volumes, "
+            f"{counts['bytes_read'] / 1e9:.2f} GB read: {verdict}"
+        )
     return report
 
 
@@ -327,7 +349,7 @@ def _verify_store(store: Path, level: str, data: Path | None, quiet: bool) -> An
 @_store_argument
 @_json_option
 def info(store: Path | None, as_json: bool) -> None:
-    r"""Say what is in STORE (default: the current folder).
+    """Say what is in STORE (default: the current folder).
 
     \b
     Example:
@@ -350,7 +372,7 @@ def info(store: Path | None, as_json: bool) -> None:
 @click.option("--series", metavar="UID", help="Draw this series with its candidates; the end of the UID is enough.")
 @click.option("--out", type=_file_path, required=True, help="PNG file to write.")
 def show(store: Path | None, candidate: int | None, series: str | None, out: Path) -> None:
-    r"""Draw crops or a series of STORE as a PNG, in lung window.
+    """Draw crops or a series of STORE as a PNG, in lung window.
 
     Without --candidate or --series: an overview, nodules beside candidates that are none.
 
@@ -376,13 +398,10 @@ def show(store: Path | None, candidate: int | None, series: str | None, out: Pat
     click.echo(str(out))
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     if not sys.stderr.isatty():
         os.environ.setdefault("NO_COLOR", "1")
     cli(prog_name="lunaprep")

@@ -24,8 +24,6 @@ class TableError(LunaprepError, ValueError):
 class StoreError(LunaprepError, ValueError):
     """A store, or one file of it, is not what its records say."""
 
-    exit_code = 4
-
 
 class NoSpaceError(LunaprepError, OSError):
     """The disk is full, or would be."""

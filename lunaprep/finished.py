@@ -1,15 +1,19 @@
 """What earlier builds left: receipts, and which scans are known to be unchanged since."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lunaprep import schema
+from lunaprep.carried import shard_place
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_work import staged_volume
 from lunaprep.store.files import canonical_json
-from lunaprep.store.receipt import Receipt, read_receipt
+from lunaprep.store.receipt import Receipt, read_receipt, receipt_bytes
 
 SEEN_FILE = "inputs.json"
 
@@ -19,12 +23,22 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Finished:
-    """Receipts by plan key, and the volumes that lie at their final place."""
+    """Receipts by plan key, and those of them that are the store's."""
 
     out: Path
     receipts: Mapping[str, Receipt]
-    placed: Mapping[str, str]
-    """SHA-256 by file of the committed volumes."""
+    committed: tuple[Receipt, ...]
+
+    @cached_property
+    def placed(self) -> dict[str, str]:
+        """SHA-256 by file of the volumes that lie at their final place."""
+        volumes = [scan.volume for receipt in self.committed for scan in receipt.scans if scan.volume]
+        return {volume.file: volume.sha256 for volume in volumes}
+
+    def series_of(self, subsets: Collection[int]) -> set[str]:
+        """Series of the given subsets that are in the store."""
+        receipts = (receipt for receipt in self.committed if shard_place(receipt.shard_id)[0] in subsets)
+        return {scan.series_uid for receipt in receipts for scan in receipt.scans if scan.status == "ok"}
 
     def is_there(self, receipt: Receipt) -> bool:
         """Whether a receipt's files are in place or staged, each of its right size."""
@@ -38,13 +52,16 @@ class Finished:
         )
 
 
-def find_finished(out: Path) -> Finished:
-    """Read the receipts of the store and those of a build that did not come to its commit (they win)."""
-    committed = _read_all(out / schema.SHARDS_DIR)
+def find_finished(out: Path, record: Mapping[str, Any] | None) -> Finished:
+    """Read the receipts of the store and those of a build that did not come to its commit (they win).
+
+    A receipt of the store that is not what store.json says is not believed; its shard is made again.
+    """
+    said = {shard["id"]: shard["receipt_sha256"] for shard in record["shards"]} if record else {}
+    committed = [receipt for receipt in _read_all(out / schema.SHARDS_DIR) if _is_said(receipt, said)]
     staged = _read_all(out / schema.WORK_DIR / "receipts")
-    volumes = [scan.volume for receipt in committed for scan in receipt.scans if scan.volume]
     receipts = {receipt.plan_key: receipt for receipt in [*committed, *staged]}
-    return Finished(out, receipts, {volume.file: volume.sha256 for volume in volumes})
+    return Finished(out, receipts, tuple(committed))
 
 
 class SeenInputs:
@@ -93,6 +110,10 @@ class SeenInputs:
 def _read_all(folder: Path) -> list[Receipt]:
     receipts = (read_receipt(path) for path in sorted(folder.glob("*.json")))
     return [receipt for receipt in receipts if receipt is not None]
+
+
+def _is_said(receipt: Receipt, said: Mapping[str, str]) -> bool:
+    return said.get(receipt.shard_id) in (None, hashlib.sha256(receipt_bytes(receipt)).hexdigest())
 
 
 def _has_size(path: Path, size: int) -> bool:

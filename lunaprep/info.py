@@ -3,8 +3,7 @@
 import difflib
 import textwrap
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,54 +12,16 @@ import pandas as pd
 from lunaprep import schema
 from lunaprep.errors import UsageError
 
+if TYPE_CHECKING:
+    from lunaprep.store.reader import Store
+
 DIAMETER_EDGES = (0, 3, 5, 8, 10, 15, 20, 30)
 """Lower bounds of the diameter bins, mm; the last has no upper one."""
 
+INDEX = ["index", "row", "col"]
 MAX_FAILED = 10
 MIN_SUFFIX = 6
 WIDTH = 80
-
-
-class Store(Protocol):
-    """What this module needs of a store; `lunaprep.store.reader.Store` has it."""
-
-    @property
-    def store_id(self) -> str:
-        """Name of the content, 16 hex digits."""
-
-    @property
-    def dtype(self) -> str:
-        """Stored dtype of the crops, one of `schema.CROP_DTYPES`."""
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """``parameters`` of store.json."""
-
-    @property
-    def manifest(self) -> pd.DataFrame:
-        """A row per candidate, columns `schema.MANIFEST_COLUMNS`."""
-
-    @property
-    def scans(self) -> pd.DataFrame:
-        """A row per scan, columns `schema.SCAN_COLUMNS`."""
-
-
-class PictureStore(Protocol):
-    """What the pictures need of a store; `lunaprep.store.reader.Store` has it."""
-
-    @property
-    def manifest(self) -> pd.DataFrame:
-        """A row per candidate, columns `schema.MANIFEST_COLUMNS`."""
-
-    @property
-    def scans(self) -> pd.DataFrame:
-        """A row per scan, columns `schema.SCAN_COLUMNS`."""
-
-    def crops(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[np.float32]:
-        """HU of the crops of these manifest rows, (n, slices, rows, columns)."""
-
-    def open_volume(self, series_uid: str, /) -> AbstractContextManager[Any]:
-        """Context of the scan's HU dataset, (slices, rows, columns)."""
 
 
 def _diameter_bins(diameters: "pd.Series[float]") -> list[dict[str, Any]]:
@@ -103,7 +64,7 @@ def _by_split(manifest: pd.DataFrame, column: str) -> dict[str, dict[str, int]]:
     }
 
 
-def store_info(store: Store) -> dict[str, Any]:
+def store_info(store: "Store") -> dict[str, Any]:
     """Figures of a store, ready for JSON.
 
     Parameters
@@ -126,11 +87,10 @@ def store_info(store: Store) -> dict[str, Any]:
     failed, malignant = scans[scans["status"] != "ok"], nodules["is_malignant"].astype("boolean")
     diameters = nodules["diameter_mm"]
     is_sized = bool(diameters.notna().any())
-    shape = tuple(int(side) for side in store.parameters["crop_shape"])
     return {
-        "store_id": store.store_id,
+        "store_id": store.record["store_id"],
         "parameters": dict(store.parameters),
-        "dtype": store.dtype,
+        "dtype": str(store.dtype),
         "counts": {
             "scans_ok": len(ok),
             "scans_failed": len(failed),
@@ -143,7 +103,7 @@ def store_info(store: Store) -> dict[str, Any]:
             "padded_crops": int(manifest["is_padded"].sum()),
         },
         "bytes": {
-            "crops": len(manifest) * schema.crop_bytes(shape, store.dtype),
+            "crops": len(manifest) * schema.crop_bytes(store.crop_shape, str(store.dtype)),
             "volumes": int(ok["volume_bytes"].fillna(0).sum()),
         },
         "by_class": {"nodule": len(nodules), "other": len(manifest) - len(nodules)},
@@ -165,9 +125,7 @@ def store_info(store: Store) -> dict[str, Any]:
                 "subset": int(subset),
                 "reason": None if pd.isna(reason) else str(reason),
             }
-            for uid, subset, reason in zip(
-                failed["series_uid"], failed["subset"], failed["reason"], strict=True
-            )
+            for uid, subset, reason in zip(failed["series_uid"], failed["subset"], failed["reason"], strict=True)
         ],
     }
 
@@ -179,13 +137,9 @@ def _plural(number: int, word: str) -> str:
 
 def _size(num_bytes: float) -> str:
     """``12.3 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            break
-        num_bytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    power = min(int(np.log2(max(num_bytes, 1)) // 10), len(units) - 1)
+    return f"{num_bytes / 1024**power:.{min(power, 1)}f} {units[power]}"
 
 
 def _bar(share: float, width: int) -> str:
@@ -201,11 +155,8 @@ def _bar(share: float, width: int) -> str:
 def _wrapped(label: str, parts: list[str]) -> list[str]:
     """Label in a column of its own, then the parts with dots between, broken where the line is full."""
     text = " · ".join(parts).replace(" ", "\u00a0").replace("\u00a0·\u00a0", "\u00a0· ")
-    lines = textwrap.wrap(text, WIDTH - 13, break_on_hyphens=False) or [""]
-    return [
-        f"{label if k == 0 else '':<11}  {line}".replace("\u00a0", " ").rstrip()
-        for k, line in enumerate(lines)
-    ]
+    lines = textwrap.wrap(text, WIDTH - 14, break_on_hyphens=False) or [""]
+    return [f"{label if k == 0 else '':<12}  {line}".replace("\u00a0", " ").rstrip() for k, line in enumerate(lines)]
 
 
 def _header(info: Mapping[str, Any]) -> list[str]:
@@ -213,16 +164,12 @@ def _header(info: Mapping[str, Any]) -> list[str]:
     counts, parameters = info["counts"], info["parameters"]
     people = [_plural(counts["patients"], "patient")] if counts["patients"] else []
     of = f" of {_plural(counts['annotations'], 'annotated nodule')}" if counts["annotations"] else ""
-    scans = _plural(counts["scans_ok"], "scan") + f" ({counts['scans_failed']:,} failed)" * bool(
-        counts["scans_failed"]
-    )
+    scans = _plural(counts["scans_ok"], "scan") + f" ({counts['scans_failed']:,} failed)" * bool(counts["scans_failed"])
     sizes = info["bytes"]
     low, high = parameters["hu"]
     shape = " × ".join(str(side) for side in parameters["crop_shape"])
     padded = f"{counts['padded_crops']:,} padded at the border"
-    volumes = (
-        [_plural(counts["volumes"], "volume"), _size(sizes["volumes"])] if counts["volumes"] else ["none"]
-    )
+    volumes = [_plural(counts["volumes"], "volume"), _size(sizes["volumes"])] if counts["volumes"] else ["none"]
     made = [
         f"HU {low:g} to {high:g}".replace("-", "−"),
         f"edge {parameters['edge']}",
@@ -234,7 +181,7 @@ def _header(info: Mapping[str, Any]) -> list[str]:
         *_wrapped("nodules", [_plural(counts["nodules"], "crop") + of]),
         *_wrapped("crops", [shape, info["dtype"], _size(sizes["crops"]), padded]),
         *_wrapped("volumes", volumes),
-        *_wrapped("made with", [*made, f"every {parameters['val_stride']}th for validation"]),
+        *_wrapped("made with", [*made, f"every {parameters['val_stride']}th to val"]),
     ]
 
 
@@ -245,8 +192,7 @@ def _subset_table(info: Mapping[str, Any]) -> list[str]:
     total = [f"{sum(row[name] for row in rows):,}" for name in names]
     cells = [["subset", *names], *([str(row["subset"]), *(f"{row[n]:,}" for n in names)] for row in rows)]
     lines = [
-        "".join(f"{cell:>{6 if k == 0 else 11}}" for k, cell in enumerate(row))
-        for row in [*cells, ["all", *total]]
+        "".join(f"{cell:>{6 if k == 0 else 11}}" for k, cell in enumerate(row)) for row in [*cells, ["all", *total]]
     ]
     rule = "─" * len(lines[0])
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
@@ -274,7 +220,7 @@ def _histogram(info: Mapping[str, Any]) -> list[str]:
             if low
             else f"< {high} mm"
         )
-        lines.append(f"{label:>11}  {_bar(b['nodules'] / most, WIDTH - 22)} {b['nodules']:,}".rstrip())
+        lines.append(f"{label:>12}  {_bar(b['nodules'] / most, WIDTH - 23)} {b['nodules']:,}".rstrip())
     return lines
 
 
@@ -293,22 +239,12 @@ def _failures(info: Mapping[str, Any]) -> list[str]:
 
 def format_info(info: Mapping[str, Any]) -> str:
     """Text of `store_info`'s figures for a terminal, at most 80 columns wide, without a newline at the end."""
-    splits, malignancy = info["by_split"], info["malignancy"]
-    parts = [
-        f"{_plural(part['crops'], 'crop')} ({part['nodules']:,} nodules) {name}"
-        for name, part in splits["split_series"].items()
-    ]
-    by_candidate = [
-        f"{_plural(part['crops'], 'crop')} ({part['nodules']:,} nodules) {name}"
-        for name, part in splits["split_candidate"].items()
-    ]
-    known = [f"{malignancy[name]:,} {name}" for name in ("malignant", "benign", "unknown")]
-    split_lines = [
-        *_wrapped("by series", parts),
-        *_wrapped("by candidate", by_candidate),
-        *_wrapped("malignancy", known),
-    ]
-    blocks = [_header(info), _subset_table(info), split_lines, _histogram(info), _failures(info)]
+    lines = []
+    for label, split in (("by series", "split_series"), ("by candidate", "split_candidate")):
+        parts = info["by_split"][split].items()
+        lines += _wrapped(label, [f"{k} {p['crops']:,} ({_plural(p['nodules'], 'nodule')})" for k, p in parts])
+    lines += _wrapped("malignancy", [f"{n:,} {name}" for name, n in info["malignancy"].items()])
+    blocks = [_header(info), _subset_table(info), lines, _histogram(info), _failures(info)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -321,16 +257,16 @@ def short_uid(series_uid: str, width: int = 40) -> str:
     """Series UID shortened in the middle to at most `width` characters.
 
     >>> short_uid("1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192", 22)
-    '1.3.6.1.4.…59720603192'
+    '1.3.6.1.4…59720603192'
     """
     uid = printable(series_uid)
     if len(uid) <= width:
         return uid
     head = (width - 1) // 2
-    return f"{uid[:head]}…{uid[-(width - 1 - head) :]}"
+    return f"{uid[:head].rstrip('.')}…{uid[-(width - 1 - head) :]}"
 
 
-def find_candidate(store: PictureStore, candidate_id: int) -> int:
+def find_candidate(store: "Store", candidate_id: int) -> int:
     """Row in the manifest of a candidate; `UsageError` if there is none."""
     ids = store.manifest["candidate_id"].to_numpy()
     rows = np.flatnonzero(ids == candidate_id)
@@ -345,7 +281,7 @@ def find_candidate(store: PictureStore, candidate_id: int) -> int:
     raise UsageError(msg)
 
 
-def find_series(store: PictureStore, series_uid: str) -> dict[str, Any]:
+def find_series(store: "Store", series_uid: str) -> dict[str, Any]:
     """Row of the scan table that has this series UID, or alone ends with it (6 characters or more).
 
     Raises
@@ -365,17 +301,13 @@ def find_series(store: PictureStore, series_uid: str) -> dict[str, Any]:
     if not len(found):
         tails = {uid[-len(series_uid) :]: uid for uid in uids} if series_uid else {}
         similar = ", ".join(tails[t] for t in difflib.get_close_matches(series_uid, tails, 3, 0.6))
-        hint = (
-            f"similar: {similar}"
-            if similar
-            else f"give a whole UID or at least its last {MIN_SUFFIX} characters"
-        )
+        hint = f"similar: {similar}" if similar else f"give a whole UID or at least its last {MIN_SUFFIX} characters"
         msg = f"series {name}: not among the store's {_plural(len(uids), 'scan')}; {hint}"
         raise UsageError(msg)
     usable = found[found["status"] == "ok"]
     if not len(usable):
         msg = f"series {name}: not in the store, its scan failed: {found['reason'].iloc[0]}"
-        raise UsageError(" ".join(printable(msg).split()))
+        raise UsageError(printable(" ".join(msg.split())))
     return {str(key): value for key, value in usable.iloc[0].items()}
 
 
@@ -384,20 +316,12 @@ def candidate_text(record: "pd.Series[Any]") -> str:
     what = "not a nodule"
     if record["is_nodule"]:
         what = (
-            "nodule, diameter unknown"
-            if pd.isna(record["diameter_mm"])
-            else f"nodule, {record['diameter_mm']:.1f} mm"
+            "nodule, diameter unknown" if pd.isna(record["diameter_mm"]) else f"nodule, {record['diameter_mm']:.1f} mm"
         )
-        what += (
-            ""
-            if pd.isna(record["is_malignant"])
-            else " · malignant"
-            if record["is_malignant"]
-            else " · benign"
-        )
+        what += "" if pd.isna(record["is_malignant"]) else " · malignant" if record["is_malignant"] else " · benign"
     where = [f"series {short_uid(record['series_uid'])}", f"subset {record['subset']}"]
     if not pd.isna(record["patient_id"]):
-        where.insert(1, f"patient {record['patient_id']}")
+        where.insert(1, f"patient {printable(str(record['patient_id']))}")
     where.append(f"split: {record['split_series']} by series, {record['split_candidate']} by candidate")
     x, y, z = (f"{record[f'{axis}_mm']:.1f}".replace("-", "−") for axis in "xyz")
     place = [
@@ -409,13 +333,63 @@ def candidate_text(record: "pd.Series[Any]") -> str:
     return f"Candidate {record['candidate_id']} · {what}\n{' · '.join(where)}\n{' · '.join(place)}"
 
 
+def candidate_caption(record: "pd.Series[Any]") -> str:
+    """Two short lines for below a small picture of a candidate."""
+    size = "" if pd.isna(record["diameter_mm"]) else f" {record['diameter_mm']:.1f} mm"
+    what = f"nodule{size}" if record["is_nodule"] else "not a nodule"
+    return f"{record['candidate_id']} · {what}\n{short_uid(record['series_uid'], 22)}"
+
+
 def series_text(scan: Mapping[str, Any], candidates: pd.DataFrame) -> str:
     """Title of a scan's picture, two lines: which scan, and what it holds."""
     which = [f"Series {short_uid(scan['series_uid'], 64)}", f"subset {scan['subset']}"]
     if not pd.isna(scan["patient_id"]):
-        which.append(str(scan["patient_id"]))
+        which.append(printable(str(scan["patient_id"])))
     x, _, z = scan["spacing"]
-    grid = f"{int(scan['num_slices'])} slices of {z:.2f} mm, {int(scan['num_rows'])} × {int(scan['num_cols'])} pixels"
+    pixels = f"{int(scan['num_rows'])} × {int(scan['num_cols'])} pixels of {x:.2f} mm"
     nodules = _plural(int(candidates["is_nodule"].sum()), "nodule")
-    what = [f"{grid} of {x:.2f} mm", f"{_plural(len(candidates), 'candidate')}, of these {nodules}"]
+    grid = f"{int(scan['num_slices'])} slices of {z:.2f} mm, {pixels}"
+    what = [grid, f"{_plural(len(candidates), 'candidate')} ({nodules})"]
     return f"{' · '.join(which)}\n{' · '.join(what)}"
+
+
+def grid_of(scan: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[bool, bool, bool]]:
+    """Spacing (mm per slice, row, column) of a row of scans.parquet, and which array axes run against LPS."""
+    (x, y, z), signs = scan["spacing"], np.array(scan["direction"], dtype=np.float64)[[8, 4, 0]] < 0
+    return (float(z), float(y), float(x)), (bool(signs[0]), bool(signs[1]), bool(signs[2]))
+
+
+def crop_centers(rows: pd.DataFrame) -> list[list[int]]:
+    """Centre of each manifest row in its crop: slice, row, column."""
+    starts = rows[[f"start_{name}" for name in INDEX]].to_numpy()
+    return [[int(c) for c in center] for center in rows[INDEX].to_numpy() - starts]
+
+
+def nodules_by_size(candidates: pd.DataFrame) -> pd.DataFrame:
+    """Rows that are nodules, largest first, those without a diameter last."""
+    return candidates[candidates["is_nodule"]].sort_values("diameter_mm", ascending=False, kind="stable")
+
+
+def chosen_slices(num_slices: int, candidates: pd.DataFrame, most: int = 12) -> list[int]:
+    """At most `most` slices of a scan to show: those of the largest nodules, filled up evenly."""
+    if num_slices <= most:
+        return list(range(num_slices))
+    chosen = list(dict.fromkeys(int(i) for i in nodules_by_size(candidates)["index"]))[:most]
+    free = most - len(chosen)
+    return sorted({*chosen, *(int((k + 0.5) * num_slices / free) for k in range(free))})
+
+
+def overview_rows(manifest: pd.DataFrame, num: int) -> tuple[npt.NDArray[np.int64], str]:
+    """At most `num` manifest rows to show, half nodules evenly over the sizes, half others, and a title."""
+    table = manifest.reset_index(drop=True)
+    nodules, others = nodules_by_size(table).index.to_numpy(np.int64), np.flatnonzero(~table["is_nodule"].to_numpy())
+    count = min(len(nodules), max(num // 2, num - len(others)))
+    rest = min(len(others), num - count)
+    rows = [
+        part[np.linspace(0, len(part) - 1, k).round().astype(int)]
+        for part, k in ((nodules, count), (others, rest))
+        if k
+    ]
+    title = f"Nodules and other candidates\n{count} of {_plural(len(nodules), 'nodule')} (orange), largest first; "
+    title += f"{rest} of {_plural(len(others), 'other candidate')} (blue)"
+    return np.concatenate([nodules[:0], *rows]), title

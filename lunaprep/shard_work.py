@@ -282,7 +282,8 @@ class _Window:
         self.num_clipped = 0
         self._hu = hu
         self._keep = depth - 1
-        self._buffer = np.empty((min(WINDOW_SLABS * SLAB_SLICES + self._keep, num_slices), num_rows, num_cols), dtype=dtype)
+        room = min(WINDOW_SLABS * SLAB_SLICES + self._keep, num_slices)
+        self._buffer = np.empty((room, num_rows, num_cols), dtype=dtype)
 
     @property
     def slices(self) -> npt.NDArray[Any]:

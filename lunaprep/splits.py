@@ -7,9 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 
-def split_by_series(
-    largest_mm: Mapping[str, float], patients: Mapping[str, str], val_stride: int
-) -> dict[str, str]:
+def split_by_series(largest_mm: Mapping[str, float], patients: Mapping[str, str], val_stride: int) -> dict[str, str]:
     """Give each series to ``train`` or ``val``; the scans of one patient stay together.
 
     Patients are sorted by their largest nodule, descending (then by name), and every `val_stride`-th, the first

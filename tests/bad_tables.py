@@ -87,7 +87,7 @@ table("html", b"<html>\n<body>404 not found</body></html>\n", "no column seriesu
 table("utf-16", (C + GOOD_C).decode().encode("utf-16"), "not text")
 table("utf-16-le-without-bom", (C + GOOD_C).decode().encode("utf-16-le"), "no column seriesuid")
 table("nul-before-header", b"\0" + C + GOOD_C, "no column seriesuid")
-table("old-mac-line-ends", (C + GOOD_C).replace(b"\n", b"\r"), "no column class")
+table("old-mac-line-ends", (C + GOOD_C).replace(b"\n", b"\r"), "no column")
 
 # Columns
 table("no-header", GOOD_C * 3, "no column seriesuid")
@@ -166,6 +166,7 @@ legal("crlf", (C + GOOD_C * 2).replace(b"\n", b"\r\n"), 2)
 legal("bom", b"\xef\xbb\xbf" + C + GOOD_C, 1)
 legal("bom-and-crlf", b"\xef\xbb\xbf" + (C + GOOD_C).replace(b"\n", b"\r\n"), 1)
 legal("quoted", b'"seriesuid","coordX","coordY","coordZ","class"\n"u","1","2","3","1"\n', 1)
+legal("quoted-comma-in-the-header", C.replace(b"\n", b',"note, long"\n') + b"u,1,2,3,0,x\n", 1)
 legal("quoted-comma", C + b'"u,v",1,2,3,0\n', 1)
 legal("extra-columns", C.replace(b"\n", b",note,len\n") + b"u,1,2,3,0,big,4\n", 1)
 legal("extra-column-of-latin-1", C.replace(b"\n", b",note\n") + b"u,1,2,3,0,M\xfcller\n", 1)
@@ -175,5 +176,10 @@ legal("uid-like-a-number", C + b"056,1,2,3,0\n56,1,2,3,0\n5.60,1,2,3,0\n", 3)
 legal("spaces-around-fields", C + b" u , 1 ,2 , 3,0\n", 1)
 legal("long-uid", C + b"9" * 100_000 + b",1,2,3,0\n", 1)
 legal("exponents-and-signs", C + b"u,1e2,-2.5E+1,.5,0\nu,1.,+0,-0,1\n", 2)
-legal("malignancy-in-all-spellings", HEADERS["malignancy"] + GOOD["malignancy"] + b"u,1,2,3,4,0,P\nu,1,2,3,4,FALSE,P\n", 3, "malignancy")
+legal(
+    "malignancy-in-all-spellings",
+    HEADERS["malignancy"] + GOOD["malignancy"] + b"u,1,2,3,4,0,P\nu,1,2,3,4,FALSE,P\n",
+    3,
+    "malignancy",
+)
 legal("patient-named-twice-alike", HEADERS["patients"] + b"a,P1\na,P1\n", 2, "patients")

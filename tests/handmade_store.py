@@ -1,10 +1,11 @@
 """A tiny store and its scans, written by hand from docs/format.md with plain h5py, pyarrow and json.
 
-Nothing of lunaprep is used: what verify accepts here is what the page says.
+Nothing of lunaprep is used to write: what verify accepts here is what the page says.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import SimpleITK
 import xxhash
+
+from lunaprep.verify import Finding, VerifyReport
 
 CROP = (4, 12, 12)
 HU = (-1000, 1000)
@@ -35,6 +38,12 @@ UNITS = {  # shard: series in it
 FAILED = "1.2.840.4"
 ALIKE = "subset0-000-00112233aabb", "subset1-000-4455667788cc"
 """Two shards of equal size."""
+SHARD, OTHER = (f"crops/{shard}.h5" for shard in ALIKE)
+RECEIPT = SHARD.replace(".h5", ".json")
+VOLUME = "volumes/subset1/1.2.840.3.h5"
+
+DTYPES = {"int16": "shift", "float32": "pad"}
+"""Dtype of a test's store, and its edge."""
 
 MANIFEST_TYPES = {
     "candidate_id": pa.int64(), "series_uid": pa.string(), "patient_id": pa.string(), "subset": pa.int16(),
@@ -324,3 +333,39 @@ def _write_front_door(path: Path, shards: list[dict], num_crops: int, dtype: str
         for name, text in {**texts, "NX_class": "NXdata", "signal": "crops"}.items():
             h5.attrs[name] = np.bytes_(text)
         h5.attrs["version"] = np.int64(1)
+
+
+def errors(report: VerifyReport) -> list[Finding]:
+    return [finding for finding in report.findings if finding.severity == "error"]
+
+
+def codes(report: VerifyReport) -> set[tuple[str, str]]:
+    return {(finding.code, finding.place) for finding in errors(report)}
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def row_of(store: Handmade, place: str, row: int) -> dict:
+    shard = Path(place).stem
+    return next(r for r in store.manifest() if (r["shard_id"], r["shard_row"]) == (shard, row))
+
+
+def is_crop(finding: Finding, row: dict) -> bool:
+    names = ("shard_id", "shard_row", "series_uid", "candidate_id")
+    return all(getattr(finding, name) == row[name] for name in names)
+
+
+def rewrite_manifest(store: Handmade, edit: Callable[[list[dict]], object], sign: bool = True) -> None:
+    rows = store.manifest()
+    edit(rows)
+    write_table(store.path / "crops.parquet", rows, MANIFEST_TYPES)
+    if sign:
+        resign(store.path)
+
+
+def set_value(name: str, value: object, row: int = 2) -> Callable[[list[dict]], object]:
+    return lambda rows: rows[row].update({name: value})

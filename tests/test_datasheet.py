@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lunaprep import datasheet
-from lunaprep.datasheet import check_data, load_sheet
+from lunaprep import download
+from lunaprep.datasheet import load_sheet
+from lunaprep.download import check_data
 from lunaprep.errors import UsageError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -41,7 +42,7 @@ SHEET = {
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
     """A complete copy of the tiny data set."""
-    monkeypatch.setattr(datasheet, "load_sheet", lambda name: SHEET)
+    monkeypatch.setattr(download, "load_sheet", lambda name: SHEET)
     for k, uid in enumerate(UIDS):
         write_scan(tmp_path / f"subset{[0, 0, 0, 1, 1, 2][k]}", uid, is_flipped=k < 2)
     (tmp_path / "annotations.csv").write_bytes(ANNOTATIONS)
@@ -63,7 +64,7 @@ def write_scan(folder: Path, uid: str, is_flipped: bool = False) -> None:
     )
 
 
-def found(report: datasheet.DataReport) -> set[tuple[str, str]]:
+def found(report: download.DataReport) -> set[tuple[str, str]]:
     return {(finding.code, finding.severity) for finding in report.findings}
 
 

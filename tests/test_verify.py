@@ -4,79 +4,50 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import xxhash
 
 from lunaprep.errors import UsageError
-from lunaprep.verify import Finding, VerifyReport, verify_store
+from lunaprep.verify import verify_store
 
 from .handmade_store import (
     ALIKE,
-    CROP,
-    MANIFEST_TYPES,
-    SCAN_TYPES,
+    DTYPES,
+    OTHER,
+    RECEIPT,
+    SHARD,
+    VOLUME,
     Handmade,
     canonical,
+    codes,
+    errors,
+    flip,
+    is_crop,
     make_store,
     resign,
-    sha256,
+    rewrite_manifest,
+    row_of,
+    set_value,
     write_record,
-    write_shard,
-    write_table,
 )
 
 LEVELS = ("quick", "full", "source")
-SHARD, OTHER = (f"crops/{shard}.h5" for shard in ALIKE)
-RECEIPT = SHARD.replace(".h5", ".json")
-VOLUME = "volumes/subset1/1.2.840.3.h5"
 FLIPS = 320
 
 
-@pytest.fixture(scope="session", params=["int16", "float32"])
+@pytest.fixture(scope="module", params=DTYPES)
 def pristine(request, tmp_path_factory) -> Handmade:
     """A store that no test may change."""
-    edge = "shift" if request.param == "int16" else "pad"
-    return make_store(tmp_path_factory.mktemp(request.param), request.param, edge)
+    return make_store(tmp_path_factory.mktemp(request.param), request.param, DTYPES[request.param])
 
 
-@pytest.fixture
-def store(pristine, tmp_path) -> Handmade:
+@pytest.fixture(params=DTYPES)
+def store(request, tmp_path) -> Handmade:
     """A store of the test's own."""
-    shutil.copytree(pristine.path.parent, tmp_path / "own")
-    own = tmp_path / "own"
-    return Handmade(own / "store", own / "data", pristine.crop_bytes, pristine.dtype)
-
-
-def errors(report: VerifyReport) -> list[Finding]:
-    return [finding for finding in report.findings if finding.severity == "error"]
-
-
-def codes(report: VerifyReport) -> set[tuple[str, str]]:
-    return {(finding.code, finding.place) for finding in errors(report)}
-
-
-def flip(path: Path, at: int, bit: int = 0) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1 << bit
-    path.write_bytes(raw)
-
-
-def row_of(store: Handmade, place: str, row: int) -> dict:
-    shard = Path(place).stem
-    return next(r for r in store.manifest() if (r["shard_id"], r["shard_row"]) == (shard, row))
-
-
-def is_crop(finding: Finding, row: dict) -> bool:
-    names = ("shard_id", "shard_row", "series_uid", "candidate_id")
-    return all(getattr(finding, name) == row[name] for name in names)
+    return make_store(tmp_path / "own", request.param, DTYPES[request.param])
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -236,18 +207,6 @@ def test_extra_files_are_a_warning(store):
     report = verify_store(store.path)
     assert report.ok
     assert {f.place for f in report.findings} == {"crops/subset0-000-ffffffffffff.h5", "volumes/subset0/old.h5"}
-
-
-def rewrite_manifest(store: Handmade, edit: Callable[[list[dict]], object], sign: bool = True) -> None:
-    rows = store.manifest()
-    edit(rows)
-    write_table(store.path / "crops.parquet", rows, MANIFEST_TYPES)
-    if sign:
-        resign(store.path)
-
-
-def set_value(name: str, value: object, row: int = 2) -> Callable[[list[dict]], object]:
-    return lambda rows: rows[row].update({name: value})
 
 
 ALTERED = {
@@ -426,274 +385,6 @@ def test_all_damage_is_named_at_once(store):
     flip(store.path / VOLUME, (store.path / VOLUME).stat().st_size - 1)
     (store.path / RECEIPT).unlink()
     assert {f.place for f in errors(verify_store(store.path))} == {SHARD, OTHER, "crops.parquet", VOLUME, RECEIPT}
-
-
-# ------------------------------------------------------------------------------------- hostile HDF5 files
-
-
-def crops_of(store: Handmade) -> np.ndarray:
-    with h5py.File(store.path / SHARD) as h5:
-        return h5["crops"][:]
-
-
-def external_storage(store: Handmade, h5: h5py.File) -> None:
-    h5.create_dataset("crops", (5, *CROP), store.dtype, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
-
-
-def virtual(store: Handmade, h5: h5py.File) -> None:
-    layout = h5py.VirtualLayout((5, *CROP), store.dtype)
-    layout[:] = h5py.VirtualSource("/etc/passwd", "crops", (5, *CROP))
-    h5.create_virtual_dataset("crops", layout)
-
-
-def growing_virtual(store: Handmade, h5: h5py.File) -> None:
-    """Map a pipe without end: asking this dataset for its shape would open the pipe and never return."""
-    os.mkfifo(store.path.parent / "pipe")
-    layout = h5py.VirtualLayout((5, *CROP), store.dtype, maxshape=(None, *CROP))
-    source = h5py.VirtualSource(str(store.path.parent / "pipe"), "crops", (5, *CROP), maxshape=(None, *CROP))
-    unlimited = np.s_[: h5py.h5s.UNLIMITED, :, :, :]
-    layout[unlimited] = source[unlimited]
-    h5.create_virtual_dataset("crops", layout)
-
-
-def filtered(store: Handmade, h5: h5py.File) -> None:
-    h5.create_dataset("crops", data=crops_of(store), chunks=(1, *CROP), compression="gzip")
-
-
-def other_chunks(store: Handmade, h5: h5py.File) -> None:
-    h5.create_dataset("crops", data=crops_of(store), chunks=(1, *CROP[:2], 6))
-
-
-def growing(store: Handmade, h5: h5py.File) -> None:
-    h5.create_dataset("crops", data=crops_of(store), chunks=(1, *CROP), maxshape=(None, *CROP))
-
-
-def big_endian(store: Handmade, h5: h5py.File) -> None:
-    kind = np.dtype(store.dtype).newbyteorder(">")
-    h5.create_dataset("crops", data=crops_of(store).astype(kind), chunks=(1, *CROP))
-
-
-def bomb(store: Handmade, h5: h5py.File) -> None:
-    h5.create_dataset("crops", (1 << 40, *CROP), store.dtype, chunks=(1, *CROP))
-
-
-def late(store: Handmade, h5: h5py.File) -> None:
-    h5.create_dataset("crops", (5, *CROP), store.dtype, chunks=(1, *CROP))
-
-
-HOSTILE: dict[str, tuple[Callable[[Handmade, h5py.File], object], str]] = {
-    "external storage": (external_storage, "hdf5-layout"),
-    "external link": (lambda s, h5: h5.__setitem__("crops", h5py.ExternalLink(s.path / OTHER, "/crops")), "hdf5-link"),
-    "soft link": (lambda s, h5: h5.__setitem__("crops", h5py.SoftLink("/elsewhere")), "hdf5-link"),
-    "virtual": (virtual, "hdf5-layout"),
-    "growing virtual": (growing_virtual, "hdf5-layout"),
-    "contiguous": (lambda s, h5: h5.create_dataset("crops", data=crops_of(s)), "hdf5-layout"),
-    "filter": (filtered, "hdf5-filter"),
-    "group": (lambda s, h5: h5.create_group("crops"), "hdf5-object"),
-    "type": (lambda s, h5: h5.__setitem__("crops", np.dtype("i2")), "hdf5-object"),
-    "empty": (lambda s, h5: None, "hdf5-object"),
-    "other dtype": (lambda s, h5: h5.create_dataset("crops", (5, *CROP), "u2", chunks=(1, *CROP)), "hdf5-dtype"),
-    "byte order": (big_endian, "hdf5-dtype"),
-    "null space": (lambda s, h5: h5.create_dataset("crops", data=h5py.Empty(s.dtype)), "hdf5-layout"),
-    "shape": (lambda s, h5: h5.create_dataset("crops", (6, *CROP), s.dtype, chunks=(1, *CROP)), "hdf5-shape"),
-    "shape bomb": (bomb, "hdf5-shape"),
-    "growing": (growing, "hdf5-shape"),
-    "chunks": (other_chunks, "hdf5-chunks"),
-    "not allocated": (late, "hdf5-offset"),
-}
-
-
-def plant(store: Handmade, make: Callable[[Handmade, h5py.File], object], libver: str = "v110") -> None:
-    """Put a shard of the recorded size in place of a good one, and sign it."""
-    path, size = store.path / SHARD, (store.path / SHARD).stat().st_size
-    new = store.path.parent / "new.h5"
-    with h5py.File(new, "w", libver=(libver, "v114")) as h5:
-        make(store, h5)
-    assert new.stat().st_size <= size
-    with new.open("r+b") as file:
-        file.truncate(size)
-    new.replace(path)
-    resign(store.path)
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_shard_is_refused(store, case):
-    make, code = HOSTILE[case]
-    plant(store, make)
-    for level in ("quick", "full"):
-        found = errors(verify_store(store.path, level))
-        assert (code, SHARD) in {(f.code, f.place) for f in found}, [f.line() for f in found]
-
-
-def test_attribute_second_object_user_block_and_shifted_crops(store):
-    def attribute(s: Handmade, h5: h5py.File) -> None:
-        h5.create_dataset("crops", (5, *CROP), s.dtype, chunks=(1, *CROP))
-        h5.attrs["more"] = 1
-
-    def second(s: Handmade, h5: h5py.File) -> None:
-        h5.create_dataset("crops", (5, *CROP), s.dtype, chunks=(1, *CROP))
-        h5["more"] = 1
-
-    plant(store, attribute)
-    assert ("hdf5-attribute", SHARD) in codes(verify_store(store.path, "quick"))
-    plant(store, second)
-    assert ("hdf5-object", SHARD) in codes(verify_store(store.path, "quick"))
-
-
-def test_crops_in_another_order(store):
-    """A chunk index of its own order: HDF5 would show other crops than the map."""
-    crops = np.zeros((5, *CROP), store.dtype)
-    path, size = store.path / SHARD, (store.path / SHARD).stat().st_size
-    with h5py.File(path, "w", libver=("v110", "v110")) as h5:
-        dataset = h5.create_dataset("crops", crops.shape, store.dtype, chunks=(1, *CROP))
-        for k in (3, 1, 2, 0, 4):
-            dataset.id.write_direct_chunk((k, 0, 0, 0), crops[k].tobytes())
-    os.truncate(path, size)
-    resign(store.path)
-    assert ("hdf5-offset", SHARD) in codes(verify_store(store.path, "quick"))
-
-
-def test_front_door_that_leads_elsewhere(store):
-    value = store.record()
-    for files in ([OTHER, SHARD], [SHARD, "/etc/passwd"], [SHARD]):
-        layout = h5py.VirtualLayout((10, *CROP), store.dtype)
-        for k, file in enumerate(files):
-            layout[5 * k : 5 * k + 5] = h5py.VirtualSource(file, "crops", (5, *CROP))
-        with h5py.File(store.path / "crops.h5", "w", libver=("v110", "v110")) as h5:
-            h5.create_virtual_dataset("crops", layout)
-        resign(store.path)
-        assert codes(verify_store(store.path)) == {("hdf5-mapping", "crops.h5")}
-    assert value["shards"][0]["file"] == SHARD
-
-
-def test_volume_of_another_scan(store):
-    shutil.copy(store.path / "volumes/subset0/1.2.840.1.h5", store.path / VOLUME)
-    table = pq.read_table(store.path / "scans.parquet").to_pylist()
-    mine = next(row for row in table if row["volume_file"] == VOLUME)
-    mine |= {"volume_bytes": (store.path / VOLUME).stat().st_size, "volume_sha256": sha256(store.path / VOLUME)}
-    write_table(store.path / "scans.parquet", table, SCAN_TYPES)
-    resign(store.path)
-    report = verify_store(store.path)
-    assert ("hdf5-shape", VOLUME) in codes(report)
-    assert ("receipt-differs", OTHER.replace(".h5", ".json")) in codes(report)
-
-
-def test_random_bytes_as_hdf5_do_not_crash(store):
-    """Damage to a header with the size kept, in a child process: HDF5 itself might fall over."""
-    code = (
-        "import random, sys; from pathlib import Path; from lunaprep.verify import verify_store\n"
-        "store, path = Path(sys.argv[1]), Path(sys.argv[2]); raw = path.read_bytes(); rng = random.Random(2)\n"
-        "for _ in range(50):\n"
-        "    new = bytearray(raw)\n"
-        "    for _ in range(rng.choice([1, 4, 40])): new[rng.randrange(min(len(raw), 1200))] = rng.randrange(256)\n"
-        "    path.write_bytes(new)\n"
-        "    assert not verify_store(store).ok or new == raw\n"
-    )
-    for place in (SHARD, VOLUME, "crops.h5"):
-        subprocess.run([sys.executable, "-c", code, store.path, store.path / place], check=True, timeout=60)
-
-
-# --------------------------------------------------------------------------------------- against the scans
-
-
-def forge_crop(store: Handmade, row: int) -> None:
-    """Change a crop and every record of it."""
-    with h5py.File(store.path / SHARD) as h5:
-        crops = h5["crops"][:]
-    crops[row, 0, 0, 0] -= 1
-    write_shard(store.path / SHARD, crops)
-    digest = xxhash.xxh3_64_intdigest(crops[row].tobytes())
-    rewrite_manifest(store, set_value("xxh3", digest, row))
-    receipt = json.loads((store.path / RECEIPT).read_bytes())
-    receipt["crop_xxh3"][row] = f"{digest:016x}"
-    receipt["sha256"] = sha256(store.path / SHARD)
-    (store.path / RECEIPT).write_bytes(canonical(receipt))
-    resign(store.path)
-
-
-def test_source_finds_a_forged_crop(store):
-    forge_crop(store, 3)
-    assert verify_store(store.path, "full").ok
-    found = errors(verify_store(store.path, "source", store.data))
-    assert [(f.code, f.place) for f in found] == [("crop-differs", SHARD)]
-    assert is_crop(found[0], row_of(store, SHARD, 3))
-
-
-def test_source_finds_a_forged_volume(store):
-    with h5py.File(store.path / VOLUME, "r+") as h5:
-        h5["hu"][9, 3, 3] += 1
-        chunks = [h5["hu"].id.read_direct_chunk((k, 0, 0))[1] for k in (0, 8)]
-    table = pq.read_table(store.path / "scans.parquet").to_pylist()
-    mine = next(row for row in table if row["volume_file"] == VOLUME)
-    mine |= {"volume_bytes": (store.path / VOLUME).stat().st_size, "volume_sha256": sha256(store.path / VOLUME)}
-    mine["volume_chunk_xxh3"] = [xxhash.xxh3_64_intdigest(chunk) for chunk in chunks]
-    write_table(store.path / "scans.parquet", table, SCAN_TYPES)
-    receipt = OTHER.replace(".h5", ".json")
-    value = json.loads((store.path / receipt).read_bytes())
-    value["scans"][0]["volume"] |= {"bytes": mine["volume_bytes"], "sha256": mine["volume_sha256"]}
-    (store.path / receipt).write_bytes(canonical(value))
-    resign(store.path)
-    assert verify_store(store.path, "full").ok
-    assert codes(verify_store(store.path, "source", store.data)) == {("volume-differs", VOLUME)}
-
-
-def test_source_missing_is_a_warning(store):
-    (store.data / "subset1/1.2.840.3.raw").unlink()
-    report = verify_store(store.path, "source", store.data)
-    assert report.ok
-    assert [(f.code, f.place, f.series_uid) for f in report.findings] == [
-        ("source-missing", "subset1/1.2.840.3.mhd", "1.2.840.3")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "code"),
-    [
-        ("ElementDataFile = 1.2.840.3.raw", "ElementDataFile = /etc/passwd", "source-unreadable"),
-        ("ElementDataFile = 1.2.840.3.raw", "ElementDataFile = %s", "source-unreadable"),
-        ("ElementDataFile = 1.2.840.3.raw", "ElementDataFile = LIST", "source-unreadable"),
-        ("NDims = 3", "NDims = 1000", "source-unreadable"),
-        ("DimSize = 40 24 12", "DimSize = 40 24 13", "source-unreadable"),
-        ("DimSize = 40 24 12", "DimSize = 24 40 12", "geometry-differs"),
-        ("Offset = -100.25", "Offset = -101.25", "geometry-differs"),
-    ],
-)
-def test_source_header_changed(store, old, new, code):
-    path = store.data / "subset1/1.2.840.3.mhd"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-    found = errors(verify_store(store.path, "source", store.data))
-    assert code in {f.code for f in found}
-    assert {f.series_uid for f in found} == {"1.2.840.3"}
-
-
-def test_source_voxels_changed(store):
-    flip(store.data / "subset1/1.2.840.3.raw", 100)
-    found = errors(verify_store(store.path, "source", store.data))
-    assert [(f.code, f.place) for f in found] == [("source-changed", "subset1/1.2.840.3.mhd")]
-
-
-def test_source_may_lie_behind_a_link_inside_the_data_folder(store):
-    (store.data / "subset1").rename(store.data / "disk2")
-    (store.data / "subset1").symlink_to("disk2")
-    assert verify_store(store.path, "source", store.data).findings == ()
-    (store.data / "disk2").rename(store.data.parent / "outside")
-    (store.data / "subset1").unlink()
-    (store.data / "subset1").symlink_to(store.data.parent / "outside")
-    assert {f.code for f in errors(verify_store(store.path, "source", store.data))} == {"source-unreadable"}
-
-
-# ------------------------------------------------------------------------------------------------ the report
-
-
-def test_lines_are_one_printable_line(store):
-    hostile = store.path / "crops/a\nb\x1b[31m\udcff.h5"
-    hostile.write_bytes(b"")
-    lines = [finding.line() for finding in verify_store(store.path, "quick").findings]
-    assert len(lines) == 1
-    assert lines[0].isprintable()
-    assert lines[0].startswith("warning: crops/a\\nb\\x1b[31m")
 
 
 def test_many_alike_are_counted(store):

@@ -25,6 +25,27 @@ def nifti_grid(path: Path) -> tuple[Geometry, "np.dtype[np.generic]"]:
     return _grid(reader), _dtype(path, reader)
 
 
+def open_nifti(path: Path, root: Path, series_uid: str) -> Scan:
+    """Check the header of a .nii.gz inside `root`; its stream is checked when it is read."""
+    place = gate.located(path, root, path)
+    header = nifti.read_header(place, path)
+    size = gate.plain_size(place, path)
+    gate.check_stored(path, header.layout, size)
+    geometry, dtype = nifti_grid(path)
+    if geometry.shape_irc != header.shape_irc:
+        raise fault(path, f"SimpleITK sees {geometry.shape_irc} voxels, the header says {header.shape_irc}")
+    return Scan(
+        series_uid=series_uid,
+        path=path,
+        geometry=gate.checked_grid(path, geometry),
+        dtype=dtype,
+        data_path=place,
+        data_bytes=size,
+        header_xxh3=header.xxh3,
+        reader="simpleitk",
+    )
+
+
 def decode(scan: Scan, hasher: xxhash.xxh3_128 | None) -> tuple[Any, npt.NDArray[Any]]:
     """Voxels of a whole scan, decoded by SimpleITK and equal to what the gate has seen.
 

@@ -12,7 +12,6 @@ import xxhash
 from lunaprep.errors import ScanError
 from lunaprep.scans import gate
 from lunaprep.scans.gate import Layout, fault, shown
-from lunaprep.scans.scan import Scan
 
 HEADER_BYTES = 348
 MAX_VOX_OFFSET = 65536
@@ -40,29 +39,6 @@ class NiftiHeader:
     shape_irc: tuple[int, int, int]
     layout: Layout
     xxh3: str
-
-
-def open_nifti(path: Path, root: Path, series_uid: str) -> Scan:
-    """Check the header of a .nii.gz inside `root`; its stream is checked when it is read."""
-    from lunaprep.scans import itk
-
-    place = gate.located(path, root, path)
-    header = read_header(place, path)
-    size = gate.plain_size(place, path)
-    gate.check_stored(path, header.layout, size)
-    geometry, dtype = itk.nifti_grid(path)
-    if geometry.shape_irc != header.shape_irc:
-        raise fault(path, f"SimpleITK sees {geometry.shape_irc} voxels, the header says {header.shape_irc}")
-    return Scan(
-        series_uid=series_uid,
-        path=path,
-        geometry=gate.checked_grid(path, geometry),
-        dtype=dtype,
-        data_path=place,
-        data_bytes=size,
-        header_xxh3=header.xxh3,
-        reader="simpleitk",
-    )
 
 
 def read_header(file: Path, path: Path) -> NiftiHeader:

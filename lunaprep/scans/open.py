@@ -68,9 +68,9 @@ def open_scan(path: Path, root: Path) -> Scan:
     """
     series_uid = series_uid_of(path)
     if path.name.endswith(".nii.gz"):
-        from lunaprep.scans import nifti
+        from lunaprep.scans import itk
 
-        return nifti.open_nifti(path, root, series_uid)
+        return itk.open_nifti(path, root, series_uid)
     from lunaprep.scans import metaimage
 
     return metaimage.open_metaimage(path, root, series_uid)

@@ -119,7 +119,7 @@ def _find_scans(folders: dict[int, Path]) -> tuple[FoundScan, ...]:
             suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
             if suffix is None:
                 continue
-            series_uid = path.name.removesuffix(suffix)
+            series_uid = path.name.removesuffix(suffix) or path.name
             first = found.get(series_uid)
             if first is None:
                 found[series_uid] = FoundScan(series_uid, subset, path)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,20 +27,27 @@ def front_door_bytes(
     total = sum(rows for _, rows in shards)
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=schema.LIBVER) as h5:
-        shape = (total, *crop_shape)
-        if total:
-            layout = h5py.VirtualLayout(shape=shape, dtype=np.dtype(dtype).newbyteorder("<"))
-            first = 0
-            for file, rows in shards:
-                source = h5py.VirtualSource(file, schema.CROPS_DATASET, shape=(rows, *crop_shape), dtype=layout.dtype)
-                layout[first : first + rows] = source
-                first += rows
-            h5.create_virtual_dataset(schema.CROPS_DATASET, layout, fillvalue=schema.FILL[dtype])
-        else:
-            h5.create_dataset(schema.CROPS_DATASET, shape=shape, dtype=dtype, track_times=False)
+        _create_crops(h5, shards, (total, *crop_shape), dtype)
         texts = {"format": schema.FORMAT, "store_id": store_id, "manifest": schema.MANIFEST_FILE}
         texts |= {"NX_class": "NXdata", "signal": schema.CROPS_DATASET}
         for name, text in sorted(texts.items()):
             h5.attrs[name] = np.bytes_(text)
         h5.attrs["version"] = np.int64(schema.FORMAT_VERSION)
     return buffer.getvalue()
+
+
+def _create_crops(h5: Any, shards: Sequence[tuple[str, int]], shape: tuple[int, ...], dtype: str) -> None:
+    """Create /crops by HDF5's own calls: h5py's VirtualLayout would put the time of day into the file."""
+    type_id = h5py.h5t.py_create(np.dtype(dtype).newbyteorder("<"))
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_obj_track_times(False)
+    plist.set_fill_value(np.array(schema.FILL[dtype], dtype=dtype))
+    space = h5py.h5s.create_simple(shape)
+    first = 0
+    for file, rows in shards:
+        space.select_hyperslab((first, 0, 0, 0), (rows, *shape[1:]))
+        source = h5py.h5s.create_simple((rows, *shape[1:]))
+        plist.set_virtual(space, file.encode(), f"/{schema.CROPS_DATASET}".encode(), source)
+        first += rows
+    space.select_all()
+    h5py.h5d.create(h5.id, schema.CROPS_DATASET.encode(), type_id, space, plist)

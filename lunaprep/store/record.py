@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaprep import schema
-from lunaprep.errors import StoreError
+from lunaprep.errors import StoreError, UsageError
 from lunaprep.store.files import canonical_json, digest
 
 
@@ -28,17 +28,19 @@ def read_record(store: Path) -> dict[str, Any]:
 
     Raises
     ------
+    UsageError
+        There is no store.
     StoreError
-        Not there, damaged, or of a format this version does not know.
+        It is damaged, or of a format this version does not know.
     """
     path = store / schema.STORE_FILE
     try:
         data = path.read_bytes()
     except OSError as error:
         message = (
-            f"{store} is no store: {schema.STORE_FILE} {error.strerror}. Make one with 'lunaprep build --out {store}'"
+            f"{store} is no store: {schema.STORE_FILE}: {error.strerror}. Make one with 'lunaprep build --out {store}'"
         )
-        raise StoreError(message) from error
+        raise UsageError(message) from error
     try:
         value = json.loads(data)
         said = value.pop("self_sha256")

@@ -25,10 +25,10 @@ DEFLATE_LEVEL = 1
 
 
 class _DiskFile:
-    """File object for h5py that remembers a failed write: HDF5 must never see a full disk (it crashes)."""
+    """File object for h5py that remembers what went wrong: HDF5 must see no full disk (it crashes) and no Ctrl-C."""
 
     def __init__(self, path: Path) -> None:
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._at = 0
 
@@ -53,7 +53,7 @@ class _DiskFile:
         if self.error is None:
             try:
                 write_all(self._fd, data, self._at)
-            except OSError as error:
+            except BaseException as error:  # raised again by the writer, outside HDF5
                 self.error = error
         self._at += len(data)
         return len(data)
@@ -63,7 +63,7 @@ class _DiskFile:
         if self.error is None:
             try:
                 os.ftruncate(self._fd, size)
-            except OSError as error:
+            except BaseException as error:  # as above
                 self.error = error
         return size
 
@@ -160,8 +160,11 @@ class VolumeWriter:
         return bytes(isal_zlib.compress(self._planes, DEFLATE_LEVEL))
 
     def _check(self) -> None:
-        if self._file.error is not None:
-            raise explain_no_space(self._file.error, self.partial) from self._file.error
+        error = self._file.error
+        if isinstance(error, OSError):
+            raise explain_no_space(error, self.partial) from error
+        if error is not None:
+            raise error
 
     def finish(self) -> tuple[int, str]:
         """Close and flush to the disk; return the file's size and SHA-256."""

@@ -1,0 +1,73 @@
+"""A phantom made once for all tests, and a store built from it once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+SIZE = (40, 64, 64)
+NUM_SCANS = 6
+NUM_SUBSETS = 3
+
+
+@pytest.fixture(scope="session")
+def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small scans in three subsets; never written to."""
+    from lunaprep.sources.phantom import write_phantom
+
+    root = tmp_path_factory.mktemp("phantom")
+    write_phantom(root, num_scans=NUM_SCANS, seed=7, size=SIZE, num_subsets=NUM_SUBSETS, num_candidates=20)
+    return root
+
+
+@pytest.fixture
+def data(phantom_root: Path, tmp_path: Path) -> Path:
+    """A copy of the phantom that a test may spoil."""
+    return Path(shutil.copytree(phantom_root, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def built_store(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantom's store, two shards a subset; never written to."""
+    from lunaprep.build import BuildOptions, build
+    from lunaprep.parameters import Parameters
+
+    out = tmp_path_factory.mktemp("store") / "store"
+    build(BuildOptions(phantom_root, out, workers=1), Parameters(shard_bytes=1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real scans beside the project."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    return folder
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run the installed command in a folder of its own."""
+
+    def call(args: Sequence[str | Path], **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lunaprep", *map(str, args)]
+        clean = {key: value for key, value in os.environ.items() if key != "LUNA16_ROOT"}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={**clean, **env}, timeout=100, check=False
+        )
+
+    return call
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    """Every file of a store but the builder's notes, by name."""
+    paths = (path for path in sorted(store.rglob("*")) if path.is_file() and ".build" not in path.parts)
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in paths}
