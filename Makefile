@@ -24,8 +24,9 @@ lint: .venv/installed-dev  ## ruff and mypy (strict)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/installed-dev  ## Write docs/cli.md from --help
+docs: .venv/installed-dev  ## Write docs/cli.md and the column tables of docs/format.md from the code
 	$(BIN)/python tests/cli_reference.py > docs/cli.md
+	$(BIN)/python tests/column_tables.py
 
 bench: .venv/installed-dev  ## Measure building against copying the same bytes (minutes, 4 GB in build/bench)
 	$(BIN)/python benchmarks/build_speed.py

@@ -4,6 +4,7 @@ A bad row costs itself alone: it is reported with its line number and left out. 
 as a whole is a `TableError`.
 """
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,13 @@ def read_patients(path: Path) -> tuple[dict[str, str], tuple[RowFault, ...]]:
         Not such a table.
     """
     raw = _read_rows(path, ("seriesuid", "patient_id"))
-    text = raw.text
-    repeated = text["seriesuid"].duplicated() & ~text.duplicated(["seriesuid", "patient_id"])
+    text = raw.text.apply(lambda column: column.str.strip())
+    named = text[text["patient_id"] != ""]
+    first = text["seriesuid"].map(named.groupby("seriesuid")["patient_id"].first())
     checks: list[Check] = [
-        (text["seriesuid"].str.strip() == "", "seriesuid", "a series UID"),
-        (text["patient_id"].str.strip() == "", "patient_id", "a name"),
-        (repeated, "patient_id", "one patient for a series"),
+        (text["seriesuid"] == "", "seriesuid", "a series UID"),
+        (text["patient_id"] == "", "patient_id", "a name"),
+        (text["patient_id"] != first, "patient_id", "the patient named before for this series"),
     ]
     table = _good_rows(raw, text, checks, "row")
     return dict(zip(table.frame["seriesuid"], table.frame["patient_id"], strict=True)), table.faults
@@ -207,7 +209,8 @@ class _Rows:
 
 
 def _read_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> _Rows:
-    names = _header(path)
+    data = _read_bytes(path)
+    names = _header(path, data)
     missing = [name for name in columns if name not in names]
     if missing or len(set(names)) != len(names):
         what = f"has no column {', '.join(missing)}" if missing else "names a column twice"
@@ -223,21 +226,21 @@ def _read_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     wanted = [*columns, *(name for name in optional if name in names)]
     try:
         table = pyarrow.csv.read_csv(
-            path,
+            pa.BufferReader(data + b"\n"),
             # one thread: only then does Arrow number the rows it refuses
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=1 << 24),
+            read_options=pyarrow.csv.ReadOptions(
+                use_threads=False, block_size=1 << 24, column_names=names, skip_rows=1
+            ),
             parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=skip),
             convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()),
-                include_columns=wanted,
-                strings_can_be_null=False,
+                column_types=dict.fromkeys(names, pa.string()), include_columns=wanted, strings_can_be_null=False
             ),
         )
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         message = f"{path.name} cannot be read as CSV: {str(error).splitlines()[0][:120]}. Fetch it again"
         raise TableError(message) from error
     text = pd.DataFrame({name: table[name].to_pandas() for name in wanted})
-    good, bad = _line_numbers(path, len(text), [number for number, _ in misfits])
+    good, bad = _line_numbers(path, data, len(text), [number for number, _ in misfits])
     faults = [
         RowFault(path.name, line, f"{count} fields, expected {len(names)}")
         for line, (_, count) in zip(bad, misfits, strict=True)
@@ -245,13 +248,16 @@ def _read_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     return _Rows(path.name, text, good, faults)
 
 
-def _header(path: Path) -> list[str]:
+def _read_bytes(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            raw = file.readline(1 << 16)
+        return path.read_bytes().rstrip(b"\r\n")
     except OSError as error:
         message = f"{path.name}: {error.strerror}. Name the file, or put it beside the subset folders"
         raise TableError(message) from error
+
+
+def _header(path: Path, data: bytes) -> list[str]:
+    raw = data[: 1 << 16].split(b"\n", 1)[0]
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -260,19 +266,29 @@ def _header(path: Path) -> list[str]:
     if not text:
         message = f"{path.name} is empty; expected a header line and rows. Fetch it again"
         raise TableError(message)
-    return [name.strip().strip('"') for name in text.split(",")]
+    try:
+        return [name.strip() for name in next(csv.reader([text], skipinitialspace=True))]
+    except csv.Error:
+        return [text]
 
 
-def _line_numbers(path: Path, num_good: int, misfits: list[int]) -> tuple[npt.NDArray[np.int64], list[int]]:
+def _line_numbers(
+    path: Path, data: bytes, num_good: int, misfits: list[int]
+) -> tuple[npt.NDArray[np.int64], list[int]]:
     """Lines (from 1, the header's) of the rows read, and of the misfits, whose numbers skip blank lines."""
-    data = path.read_bytes().rstrip(b"\r\n")
     if b"\n\n" in data or b"\n\r\n" in data:
         filled = [n for n, line in enumerate(data.split(b"\n"), start=1) if line.strip(b"\r")]
         lines = np.array(filled, dtype=np.int64)
     else:
-        lines = np.arange(1, 1 + 1 + num_good + len(misfits), dtype=np.int64)
+        lines = np.arange(1, data.count(b"\n") + 2, dtype=np.int64)
+    if len(lines) != 1 + num_good + len(misfits):
+        message = (
+            f"{path.name}: {len(lines) - 1} lines give {num_good + len(misfits)} rows, so a quoted field or a lone "
+            "carriage return reaches across line ends. Mend the file"
+        )
+        raise TableError(message)
     bad = lines[np.array(misfits, dtype=np.int64) - 1]
-    return np.setdiff1d(lines[1:], bad)[:num_good], bad.tolist()
+    return np.setdiff1d(lines[1:], bad), bad.tolist()
 
 
 def _numbers(text: "pd.Series[str]") -> npt.NDArray[np.float64]:

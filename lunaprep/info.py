@@ -55,13 +55,31 @@ def _by_split(manifest: pd.DataFrame, column: str) -> dict[str, dict[str, int]]:
     """Crops, nodules and series in the train and the val part of a split."""
     parts = {name: manifest[manifest[column] == name] for name in schema.SPLITS}
     return {
-        name: {
-            "crops": len(part),
-            "nodules": int(part["is_nodule"].sum()),
-            "series": int(part["series_uid"].nunique()),
-        }
-        for name, part in parts.items()
+        name: {"crops": len(p), "nodules": int(p["is_nodule"].sum()), "series": int(p["series_uid"].nunique())}
+        for name, p in parts.items()
     }
+
+
+def _counts(manifest: pd.DataFrame, scans: pd.DataFrame) -> dict[str, int]:
+    """How many there are of everything."""
+    nodules, ok = manifest[manifest["is_nodule"]], scans[scans["status"] == "ok"]
+    return {
+        "scans_ok": len(ok),
+        "scans_failed": len(scans) - len(ok),
+        "volumes": int(ok["volume_file"].notna().sum()),
+        "patients": int(ok["patient_id"].nunique()),
+        "scans_without_patient": int(ok["patient_id"].isna().sum()),
+        "crops": len(manifest),
+        "nodules": len(nodules),
+        "annotations": int(nodules["annotation_id"].nunique()),
+        "padded_crops": int(manifest["is_padded"].sum()),
+    }
+
+
+def _malignancy(nodules: pd.DataFrame) -> dict[str, int]:
+    """Nodules that are malignant, benign, or of which it is not known."""
+    known = nodules["is_malignant"].dropna().astype(bool)
+    return {"malignant": int(known.sum()), "benign": int((~known).sum()), "unknown": len(nodules) - len(known)}
 
 
 def store_info(store: "Store") -> dict[str, Any]:
@@ -75,57 +93,35 @@ def store_info(store: "Store") -> dict[str, Any]:
     Returns
     -------
     dict
-        ``store_id``, ``parameters``, ``dtype``, ``counts``, ``bytes``, ``by_class``, ``by_split`` (of
-        ``split_series`` and ``split_candidate``), ``by_subset`` (a list; train and val as in
-        ``split_series``), ``by_diameter`` (a list of bins ``from_mm <= d < to_mm``; the last, both null,
-        counts nodules without a diameter), ``diameter_mm`` (median and largest, or null), ``malignancy``
-        (of nodules) and ``failed`` (a list). A nodule here is a candidate of that class; ``counts.annotations``
-        are the annotated nodules they belong to.
+        ``store_id``, ``parameters``, ``dtype``, ``counts``, ``bytes``, ``by_class``, ``by_split`` (of ``split_series``
+        and ``split_candidate``), ``by_subset`` (a list; train and val as in ``split_series``), ``by_diameter`` (a list
+        of bins ``from_mm <= d < to_mm``; the last, both null, counts nodules without a diameter), ``diameter_mm``
+        (median and largest, or null), ``malignancy`` (of nodules) and ``failed`` (a list). A nodule here is a
+        candidate of that class; ``counts.annotations`` are the annotated nodules they belong to.
     """
     manifest, scans = store.manifest, store.scans
-    nodules, ok = manifest[manifest["is_nodule"]], scans[scans["status"] == "ok"]
-    failed, malignant = scans[scans["status"] != "ok"], nodules["is_malignant"].astype("boolean")
-    diameters = nodules["diameter_mm"]
-    is_sized = bool(diameters.notna().any())
+    nodules, failed = manifest[manifest["is_nodule"]], scans[scans["status"] != "ok"]
+    sizes = nodules["diameter_mm"].dropna()
+    reasons = [None if pd.isna(reason) else str(reason) for reason in failed["reason"]]
+    one = schema.crop_bytes(store.crop_shape, str(store.dtype))
     return {
         "store_id": store.record["store_id"],
         "parameters": dict(store.parameters),
         "dtype": str(store.dtype),
-        "counts": {
-            "scans_ok": len(ok),
-            "scans_failed": len(failed),
-            "volumes": int(ok["volume_file"].notna().sum()),
-            "patients": int(ok["patient_id"].nunique()),
-            "scans_without_patient": int(ok["patient_id"].isna().sum()),
-            "crops": len(manifest),
-            "nodules": len(nodules),
-            "annotations": int(nodules["annotation_id"].nunique()),
-            "padded_crops": int(manifest["is_padded"].sum()),
-        },
-        "bytes": {
-            "crops": len(manifest) * schema.crop_bytes(store.crop_shape, str(store.dtype)),
-            "volumes": int(ok["volume_bytes"].fillna(0).sum()),
-        },
+        "counts": _counts(manifest, scans),
+        "bytes": {"crops": len(manifest) * one, "volumes": int(scans["volume_bytes"].dropna().sum())},
         "by_class": {"nodule": len(nodules), "other": len(manifest) - len(nodules)},
         "by_split": {name: _by_split(manifest, name) for name in ("split_series", "split_candidate")},
         "by_subset": _by_subset(manifest, scans),
-        "by_diameter": _diameter_bins(diameters),
+        "by_diameter": _diameter_bins(nodules["diameter_mm"]),
         "diameter_mm": {
-            "median": float(diameters.median()) if is_sized else None,
-            "largest": float(diameters.max()) if is_sized else None,
+            "median": float(sizes.median()) if len(sizes) else None,
+            "largest": float(sizes.max()) if len(sizes) else None,
         },
-        "malignancy": {
-            "malignant": int((malignant == True).sum()),  # noqa: E712 (a null is neither)
-            "benign": int((malignant == False).sum()),  # noqa: E712
-            "unknown": int(malignant.isna().sum()),
-        },
+        "malignancy": _malignancy(nodules),
         "failed": [
-            {
-                "series_uid": str(uid),
-                "subset": int(subset),
-                "reason": None if pd.isna(reason) else str(reason),
-            }
-            for uid, subset, reason in zip(failed["series_uid"], failed["subset"], failed["reason"], strict=True)
+            {"series_uid": str(uid), "subset": int(subset), "reason": reason}
+            for uid, subset, reason in zip(failed["series_uid"], failed["subset"], reasons, strict=True)
         ],
     }
 

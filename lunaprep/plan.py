@@ -238,7 +238,7 @@ def _decide_one(
     is_there: Callable[[Receipt], bool],
     unchanged: Callable[[Scan, str], bool],
 ) -> ShardPlan:
-    if receipt is None:
+    if receipt is None or not {job.scan.series_uid for job in shard.jobs} <= receipt.scan_by_uid.keys():
         return shard
     if not is_there(receipt):
         return replace(shard, why="a file of it is missing or cut")

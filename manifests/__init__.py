@@ -1,0 +1,1 @@
+"""Data sheets of known data sets, one TOML file each."""

@@ -154,7 +154,14 @@ rows("blank-lines-crlf", SPARSE.replace(b"\n", b"\r\n"), "coordX is 'x'", (5, 7)
 rows("blank-line-after-header", C + b"\nu,x,2,3,0\n" + GOOD_C, "coordX is 'x'", (3,), 1)
 rows("crlf-with-a-bad-row", (C + GOOD_C + b"u,1,2\n").replace(b"\n", b"\r\n"), "3 fields", (3,), 1)
 ONE_SERIES_TWO_PATIENTS = HEADERS["patients"] + b"a,P1\nb,P2\na,P3\na,P1\n"
-rows("two-patients", ONE_SERIES_TWO_PATIENTS, "patient_id is 'P3', expected one patient", (4,), 3, "patients")
+rows(
+    "two-patients",
+    ONE_SERIES_TWO_PATIENTS,
+    "patient_id is 'P3', expected the patient named before",
+    (4,),
+    3,
+    "patients",
+)
 rows("patient-empty", HEADERS["patients"] + b"a,\nb,P2\n", "patient_id is ''", (2,), 1, "patients")
 rows("patient-uid-empty", HEADERS["patients"] + b",P1\nb,P2\n", "seriesuid is ''", (2,), 1, "patients")
 

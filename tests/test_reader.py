@@ -279,7 +279,7 @@ def test_shard_that_is_longer_is_refused(out):
 def test_shard_that_is_no_hdf5_file_is_refused(out):
     with shard_path(out).open("r+b") as file:
         file.write(b"PK")
-    assert shard_path(out).name in refused(out, "is no HDF5 file")
+    assert shard_path(out).name in refused(out, "cannot be opened.*signature")
 
 
 def test_missing_shard_is_refused_and_named(out):
@@ -486,7 +486,7 @@ def test_volume_that_is_missing_or_no_hdf5_file_is_refused(out):
     volume_path(out).write_bytes(b"x" * 5000)
     volume_refused(out, r"1\.2\.3\.h5 cannot be opened")
     volume_path(out).unlink()
-    volume_refused(out, r"1\.2\.3\.h5 cannot be opened")
+    volume_refused(out, r"1\.2\.3\.h5 cannot be read: No such file")
 
 
 def test_cut_volume_is_refused(out):
@@ -518,7 +518,7 @@ def test_volume_that_leads_elsewhere_is_not_followed(out, tmp_path, kind):
             h5.create_group("hu")
         elif kind == "flat":
             h5["hu"] = np.zeros(5400, dtype=np.float32)
-    volume_refused(out, "no plain dataset")
+    volume_refused(out, "holds float32" if kind == "flat" else "no plain dataset")
 
 
 def test_volume_that_is_a_link_out_of_the_store_is_not_followed(out, tmp_path):

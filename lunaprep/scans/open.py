@@ -149,6 +149,9 @@ def _mapped(scan: Scan, num_slices: int, hasher: xxhash.xxh3_128 | None) -> Iter
     for start in range(0, depth, num_slices):
         stop = min(start + num_slices, depth)
         offset, length = start * slice_bytes, (stop - start) * slice_bytes
+        if stop < depth:  # the disk fetches the next slab while this one is worked on
+            ahead = stop * slice_bytes // page * page
+            pages.madvise(mmap.MADV_WILLNEED, ahead, min(ahead + length, len(pages)) - ahead)
         flat = np.frombuffer(pages, stored, length // stored.itemsize, offset)
         if hasher is not None:
             hasher.update(flat.data)

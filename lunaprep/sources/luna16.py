@@ -144,7 +144,8 @@ def _known_patients(malignancy: pd.DataFrame | None) -> dict[str, str]:
     """Patients of the data sheet (LUNA16 has one with two scans), and of the malignancy table."""
     known = {uid: patient for patient, uids in load_sheet("luna16")["patients"].items() for uid in uids}
     if malignancy is not None and "patient_id" in malignancy:
-        known |= dict(zip(malignancy["series_uid"], malignancy["patient_id"], strict=True))
+        named = malignancy[malignancy["patient_id"].str.strip() != ""]
+        known |= dict(zip(named["series_uid"], named["patient_id"], strict=True))
     return known
 
 

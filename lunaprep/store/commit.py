@@ -5,6 +5,7 @@ that make them the store. From then on the new store is decided; whoever comes n
 builder could not.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -88,22 +89,36 @@ def recover_if_idle(out: Path) -> None:
 
 def _finish(out: Path) -> None:
     path = out / schema.WORK_DIR / JOURNAL
-    journal = json.loads(path.read_bytes())
+    moves, deletes = _read_journal(path)
     folders = {out}
-    for source, target in journal["moves"]:
+    for source, target in moves:
         if inside(out, source).exists():
             inside(out, target).parent.mkdir(parents=True, exist_ok=True)
             inside(out, source).replace(inside(out, target))
         folders.add(inside(out, target).parent)
     for folder in sorted(folders):
         sync_folder(folder)
-    for name in journal["deletes"]:
+    for name in deletes:
         with suppress(FileNotFoundError):
             inside(out, name).unlink()
     path.unlink()
 
 
-def inside(out: Path, name: str) -> Path:
+def _read_journal(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    try:
+        journal = json.loads(path.read_bytes())
+        moves = [(source, target) for source, target in journal["moves"]]
+        deletes = list(journal["deletes"])
+        if all(isinstance(name, str) for name in [*itertools.chain(*moves), *deletes]):
+            return moves, deletes
+        message = "not all of it are names"
+        raise TypeError(message)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        message = f"{path} is no journal of a commit. Delete it and run 'lunaprep build' again"
+        raise StoreError(message) from error
+
+
+def inside(out: Path, name: object) -> Path:
     """Path of a file of the store.
 
     Raises
@@ -111,9 +126,9 @@ def inside(out: Path, name: str) -> Path:
     StoreError
         The name leads out of the store.
     """
-    parts = PurePosixPath(name).parts
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name else ()
     path = out.joinpath(*parts)
-    if not parts or name.startswith("/") or ".." in parts or not path.resolve().is_relative_to(out.resolve()):
-        message = f"{out}: the store names a file outside itself: {name!r}. Don't trust it"
+    if not parts or parts[0] == "/" or ".." in parts or not path.resolve().is_relative_to(out.resolve()):
+        message = f"{out}: the store names a file outside itself: {name!r:.100}. Don't trust it"
         raise StoreError(message)
     return path

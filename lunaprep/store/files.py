@@ -45,9 +45,24 @@ def explain_no_space(error: OSError, path: Path) -> OSError:
     if not no_space(error):
         return error
     return NoSpaceError(
-        f"{path.name}: the disk is full ({error.strerror}). Free some space or choose another --out, then "
-        "run the same command again: finished shards are kept"
+        f"{path.name.removesuffix('.partial')}: the disk is full ({error.strerror}). Free some space or choose "
+        "another --out, then run the same command again: finished shards are kept"
     )
+
+
+def open_partial(path: Path) -> int:
+    """Create a half-written file for reading and writing; return its descriptor.
+
+    Raises
+    ------
+    NoSpaceError
+        The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    except OSError as error:
+        raise explain_no_space(error, path) from error
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -83,9 +98,8 @@ def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
         The disk is full; the temporary file is removed.
     """
     partial = partial or path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        fd = open_partial(partial)
         try:
             write_all(fd, data, 0)
             os.fsync(fd)

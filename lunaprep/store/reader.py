@@ -1,4 +1,7 @@
-"""Read a store: the tables as DataFrames, crops by row, volumes by series. No torch, and no HDF5 for the crops."""
+"""Read a store: the tables as DataFrames, crops by row, volumes by series. No torch.
+
+HDF5 only says at opening whether a shard is built as it should be; the crops are then read from the memory map.
+"""
 
 import mmap
 from collections.abc import Iterator, Sequence
@@ -15,10 +18,9 @@ import pandas as pd
 from lunaprep import schema
 from lunaprep.errors import StoreError
 from lunaprep.store.commit import inside, recover_if_idle
+from lunaprep.store.layout import ADVICE, check_shard, open_h5, plain_dataset
 from lunaprep.store.record import read_record
 from lunaprep.store.tables import read_table
-
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def open_store(path: str | Path) -> "Store":
     Returns
     -------
     Store
-        Nothing but store.json has been read; each shard is known to have its right size.
+        Nothing but store.json has been read; each shard is known to be laid out as the format says.
 
     Raises
     ------
@@ -61,7 +63,7 @@ def open_store(path: str | Path) -> "Store":
         folder = folder.parent
     recover_if_idle(folder)
     record = read_record(folder)
-    shards = tuple(_check_shard(folder, record, shard) for shard in record["shards"] if shard["file"])
+    shards = tuple(_shard_file(folder, record, shard) for shard in record["shards"] if shard["file"])
     return Store(folder, record, shards)
 
 
@@ -124,9 +126,13 @@ class Store:
         Raises
         ------
         IndexError
-            A row that is not there.
+            A row that is not there, or no row number at all.
         """
-        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        given = np.asarray(rows).reshape(-1)
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            message = f"rows must be whole numbers, got {given.dtype}; for a mask, give np.flatnonzero(mask)"
+            raise IndexError(message)
+        wanted = given.astype(np.int64)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             message = f"rows must lie in 0 to {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
             raise IndexError(message)
@@ -148,24 +154,19 @@ class Store:
         StoreError
             The store has no volume of this series, or the file is not one.
         """
-        import h5py  # crops need none of it
-
         scans = self.scans[self.scans["series_uid"] == series_uid]
         if scans.empty or pd.isna(scans["volume_file"].iloc[0]):
             message = f"the store has no volume of series {series_uid}. Build it with volumes"
             raise StoreError(message)
-        path = self._file(str(scans["volume_file"].iloc[0]))
-        try:
-            file = h5py.File(path, "r", locking=False)
-        except OSError as error:
-            message = f"{path.name} cannot be opened: {str(error)[:120]}. Run 'lunaprep verify'"
-            raise StoreError(message) from error
-        with file:
-            link = file.get(schema.HU_DATASET, getlink=True)
-            if not isinstance(link, h5py.HardLink) or not _is_plain(file[schema.HU_DATASET]):
-                message = f"{path.name} has no plain dataset /{schema.HU_DATASET}. Don't trust this store"
+        scan = scans.iloc[0]
+        path = self._file(str(scan["volume_file"]))
+        with open_h5(path) as file:
+            hu = plain_dataset(path, file, schema.HU_DATASET)
+            shape = tuple(int(scan[name]) for name in ("num_slices", "num_rows", "num_cols"))
+            if hu.shape != shape or hu.dtype != np.dtype("<f4"):
+                message = f"{path.name} holds {hu.dtype} {hu.shape}, expected float32 {shape}. {ADVICE}"
                 raise StoreError(message)
-            yield file[schema.HU_DATASET]
+            yield hu
 
     def volume(self, series_uid: str) -> npt.NDArray[np.float32]:
         """A scan's whole volume, (slices, rows, columns) float32, HU.
@@ -201,23 +202,7 @@ class Store:
         return inside(self.path, name)
 
 
-def _is_plain(dataset: Any) -> bool:
-    return hasattr(dataset, "is_virtual") and not dataset.is_virtual and dataset.external is None and dataset.ndim == 3
-
-
-def _check_shard(folder: Path, record: dict[str, Any], shard: dict[str, Any]) -> ShardFile:
+def _shard_file(folder: Path, record: dict[str, Any], shard: dict[str, Any]) -> ShardFile:
     path = inside(folder, shard["file"])
-    one = schema.crop_bytes(tuple(record["crops"]["shape"][1:]), record["crops"]["dtype"])
-    expected = schema.DATA_OFFSET + shard["rows"] * one
-    try:
-        with path.open("rb") as file:
-            signature = file.read(len(HDF5_SIGNATURE))
-        size = path.stat().st_size
-    except OSError as error:
-        message = f"{shard['file']} of {folder} cannot be read: {error.strerror}. Run 'lunaprep build' again"
-        raise StoreError(message) from error
-    if size != expected or signature != HDF5_SIGNATURE:
-        what = f"has {size} bytes, expected {expected}" if size != expected else "is no HDF5 file"
-        message = f"{shard['file']} of {folder} {what}: it is cut or changed. Run 'lunaprep build' again"
-        raise StoreError(message)
+    check_shard(path, shard["rows"], tuple(record["crops"]["shape"][1:]), record["crops"]["dtype"])
     return ShardFile(shard["id"], path, schema.DATA_OFFSET, shard["rows"])

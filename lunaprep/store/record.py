@@ -59,4 +59,41 @@ def read_record(store: Path) -> dict[str, Any]:
             f"{schema.FORMAT_VERSION}. Build the store anew, or install the lunaprep that made it"
         )
         raise StoreError(message)
+    fault = _fault_of(value)
+    if fault:
+        message = f"{path}: {fault}. Don't trust this store; build it anew"
+        raise StoreError(message)
     return dict(value)
+
+
+def _fault_of(value: dict[str, Any]) -> str | None:
+    """What in a record cannot be, although its checksum is right; None if it can."""
+    crops, counts, shards = value.get("crops"), value.get("counts"), value.get("shards")
+    if not (isinstance(crops, dict) and isinstance(counts, dict) and isinstance(shards, list)):
+        return "crops, counts or shards is missing"
+    if crops.get("dtype") not in schema.CROP_DTYPES:
+        return f"crops.dtype is {crops.get('dtype')!r:.40}, expected one of {', '.join(schema.CROP_DTYPES)}"
+    shape = crops.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 4 and all(_is_count(side) for side in shape) and all(shape[1:])):
+        return f"crops.shape is {shape!r:.60}, expected four whole numbers"
+    if not all(_is_shard(shard) for shard in shards):
+        return "an entry of shards lacks id, file, rows, bytes or a hash"
+    rows = sum(shard["rows"] for shard in shards)
+    if not rows == shape[0] == counts.get("crops"):
+        return f"shards hold {rows} crops, crops.shape says {shape[0]}, counts.crops {counts.get('crops')!r:.40}"
+    texts = isinstance(value.get("store_id"), str) and isinstance(value.get("parameters"), dict)
+    lists = isinstance(value.get("inputs"), list) and isinstance(value.get("files"), list)
+    return None if texts and lists else "store_id, parameters, inputs or files is missing"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_shard(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    texts = all(isinstance(value.get(key), str) for key in ("id", "receipt", "receipt_sha256"))
+    file = value.get("file")
+    named = isinstance(file, str) if value.get("rows") else file is None
+    return texts and named and _is_count(value.get("rows")) and _is_count(value.get("bytes"))

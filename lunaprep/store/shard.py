@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from lunaprep import schema
-from lunaprep.store.files import BLOCK_BYTES, explain_no_space, publish, write_all
+from lunaprep.store.files import BLOCK_BYTES, explain_no_space, open_partial, publish, write_all
 
 
 class _HeaderFile:
@@ -111,8 +111,7 @@ class ShardWriter:
         self._header = shard_header(num_rows, crop_shape, dtype)
         self._planned = num_rows
         self._sha256: Any = hashlib.sha256(self._header)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._fd = open_partial(partial)
         try:
             os.posix_fallocate(self._fd, 0, schema.DATA_OFFSET + num_rows * self._crop_bytes)
         except OSError as error:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from lunaprep import schema
 from lunaprep.errors import StoreError
+from lunaprep.store.layout import plain_size
 
 ROW_GROUP_ROWS = 1 << 18
 
@@ -62,9 +63,11 @@ def read_table(path: Path, columns: Sequence[schema.Column]) -> pd.DataFrame:
         Not there, damaged, or another schema.
     """
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        plain_size(path)
+        with path.open("rb") as file:  # given a folder's name, Arrow would read every file in it
+            table = pq.read_table(file, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        first = str(error).splitlines()[0][:160]
+        first = ascii(str(error).splitlines()[0][:160])[1:-1]
         message = f"{path.name} cannot be read: {first}. Run 'lunaprep verify', then 'lunaprep build' again"
         raise StoreError(message) from error
     if not table.schema.equals(arrow_schema(columns)):

@@ -18,7 +18,7 @@ from isal import isal_zlib
 
 from lunaprep import schema
 from lunaprep.geometry import Geometry
-from lunaprep.store.files import explain_no_space, hash_file, publish, write_all
+from lunaprep.store.files import explain_no_space, hash_file, open_partial, publish, write_all
 
 DEFLATE_LEVEL = 1
 """ISA-L's level: 0.26 of the float32 size at 480 MB/s; level 3 is 2.4 times slower and not smaller."""
@@ -29,7 +29,7 @@ class _DiskFile:
 
     def __init__(self, path: Path) -> None:
         self.error: BaseException | None = None
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._fd = open_partial(path)
         self._at = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -74,7 +74,9 @@ class _DiskFile:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 class VolumeWriter:
@@ -95,7 +97,6 @@ class VolumeWriter:
         self.chunk_xxh3: list[str] = []
         self._shape = geometry.shape_irc
         self._chunk = schema.volume_chunk(self._shape)
-        partial.parent.mkdir(parents=True, exist_ok=True)
         self._file = _DiskFile(partial)
         self._h5: Any = h5py.File(self._file, "w", libver=schema.LIBVER)
         self._h5.attrs["format"] = np.bytes_(schema.FORMAT)
@@ -113,6 +114,7 @@ class VolumeWriter:
         )
         for name in ("origin", "spacing", "direction"):
             self._hu.attrs[name] = np.array(getattr(geometry, name), dtype="<f8")
+        self._is_finished = False
         self._next = 0
         self._filled = 0
         self._layer = np.zeros((self._chunk[0], *self._shape[1:]), dtype="<f4")
@@ -123,7 +125,7 @@ class VolumeWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._h5 is not None:
+        if not self._is_finished:
             self.discard()
 
     def append(self, slab: npt.NDArray[Any]) -> None:
@@ -170,12 +172,13 @@ class VolumeWriter:
         """Close and flush to the disk; return the file's size and SHA-256."""
         assert self._next == self._shape[0], f"{self._next} of {self._shape[0]} slices were written"
         self._h5.close()
-        self._h5 = None
+        self._check()
         try:
-            self._check()
             self._file.sync()
-        finally:
-            self._file.close()
+        except OSError as error:
+            raise explain_no_space(error, self.partial) from error
+        self._file.close()
+        self._is_finished = True
         return self.partial.stat().st_size, hash_file(self.partial)
 
     def publish_as(self, final: Path) -> None:
@@ -186,7 +189,6 @@ class VolumeWriter:
         """Drop the partial file."""
         with suppress(Exception):
             self._h5.close()
-        self._h5 = None
         self._file.close()
         with suppress(FileNotFoundError):
             self.partial.unlink()

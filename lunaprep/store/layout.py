@@ -1,0 +1,96 @@
+"""Whether an HDF5 file of the store is built as the format says, before anything in it is believed."""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lunaprep import schema
+from lunaprep.errors import StoreError
+
+ADVICE = "Don't trust it; delete it and run 'lunaprep build' again"
+
+
+def check_shard(path: Path, rows: int, crop_shape: tuple[int, ...], dtype: str) -> None:
+    """Refuse a shard that is not one run of `rows` crops behind `DATA_OFFSET` bytes, and nothing else.
+
+    Raises
+    ------
+    StoreError
+        Says what it is instead.
+    """
+    expected = schema.DATA_OFFSET + rows * schema.crop_bytes(crop_shape, dtype)
+    size = plain_size(path)
+    if size != expected:
+        message = f"{path.name} has {size} bytes, expected {expected}: it is cut or changed. {ADVICE}"
+        raise StoreError(message)
+    with open_h5(path) as h5:
+        crops = plain_dataset(path, h5, schema.CROPS_DATASET)
+        _require(path, "shape", crops.shape, (rows, *crop_shape))
+        _require(path, "dtype", crops.dtype, np.dtype(dtype).newbyteorder("<"))
+        _require(path, "chunks", crops.chunks, (1, *crop_shape))
+        _require(path, "filters", crops.id.get_create_plist().get_nfilters(), 0)
+        _require(path, "offset of the first crop", crops.id.get_chunk_info(0).byte_offset, schema.DATA_OFFSET)
+
+
+def plain_size(path: Path) -> int:
+    """Size of a regular file.
+
+    Raises
+    ------
+    StoreError
+        It is not there, or something else (a pipe would wait for ever).
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        message = f"{path.name} cannot be read: {error.strerror}. Run 'lunaprep build' again"
+        raise StoreError(message) from error
+    if not stat.S_ISREG(status.st_mode):
+        message = f"{path.name} is no plain file. {ADVICE}"
+        raise StoreError(message)
+    return status.st_size
+
+
+def open_h5(path: Path) -> Any:
+    """Open an HDF5 file for reading, without locks.
+
+    Raises
+    ------
+    StoreError
+        HDF5 cannot open it.
+    """
+    plain_size(path)
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        reason = str(error).splitlines()[0][:120]
+        message = f"{path.name} cannot be opened: {reason}. Run 'lunaprep verify'"
+        raise StoreError(message) from error
+
+
+def plain_dataset(path: Path, h5: Any, name: str) -> Any:
+    """The dataset of that name, if it is a hard link to values in this very file.
+
+    Raises
+    ------
+    StoreError
+        There is none, or it leads elsewhere.
+    """
+    try:
+        if isinstance(h5.get(name, getlink=True), h5py.HardLink):
+            dataset = h5[name]
+            if isinstance(dataset, h5py.Dataset) and not dataset.is_virtual and dataset.external is None:
+                return dataset
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError):
+        pass
+    message = f"{path.name} has no plain dataset /{name}. {ADVICE}"
+    raise StoreError(message)
+
+
+def _require(path: Path, what: str, got: object, expected: object) -> None:
+    if got != expected:
+        message = f"{path.name}: {what} is {got}, expected {expected}. {ADVICE}"
+        raise StoreError(message)

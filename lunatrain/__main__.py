@@ -1,0 +1,5 @@
+"""``python -m lunatrain``."""
+
+from lunatrain.cli import main
+
+main()
