@@ -11,7 +11,6 @@ alone, a plain build of one scan (SimpleITK, float32, h5py's gzip), and the peak
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -119,11 +118,12 @@ def encoder(store: Path) -> float:
 def worker_peak(data: Path, out: Path, *, volumes: bool) -> int:
     """Peak resident memory of a process that does nothing but the shards' work, bytes."""
     code = f"""
-import pickle, resource, sys
+import pickle
 from lunaprep.shard_work import run_shard
 for task in pickle.load(open({str(out / "tasks.pickle")!r}, "rb")):
     run_shard(task)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = open("/proc/self/status").read()  # ru_maxrss would count the parent before the exec
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
     import pickle
 
@@ -191,7 +191,6 @@ def main() -> None:
         print(
             f"peak memory of a worker, {'with' if volumes else 'no'} volumes: {peak / 1e6:.0f} MB = {peak / float_volume:.2f} of a float32 volume"
         )
-    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
     print(json.dumps({name: round(statistics.median(values), 4) for name, values in times.items()}))
     shutil.rmtree(out)
 
