@@ -167,9 +167,8 @@ def main() -> None:
     ours(data, out, 2, volumes=True)
     encode_s = encoder(out)
     print(f"{args.scans} scans 512x512x250, {NUM_CANDIDATES} candidates each, cold input, fsync'ed output")
-    print(
-        f"bytes a scan: raw {raws[0].stat().st_size / 1e6:.0f} MB, crops {crops / 1e6:.0f} MB, volume {volume / 1e6:.0f} MB\n"
-    )
+    raw_bytes = raws[0].stat().st_size
+    print(f"bytes a scan: raw {raw_bytes / 1e6:.0f} MB, crops {crops / 1e6:.0f} MB, volume {volume / 1e6:.0f} MB\n")
     print("| what, processes | s/scan median | best | limit / build (medians) | (best) |")
     print("|---|--:|--:|--:|--:|")
     for name, values in times.items():
@@ -188,8 +187,9 @@ def main() -> None:
     float_volume = int(np.prod(SIZE)) * 4
     for volumes in (False, True):
         peak = worker_peak(data, out, volumes=volumes)
+        what = "with" if volumes else "no"
         print(
-            f"peak memory of a worker, {'with' if volumes else 'no'} volumes: {peak / 1e6:.0f} MB = {peak / float_volume:.2f} of a float32 volume"
+            f"peak memory of a worker, {what} volumes: {peak / 1e6:.0f} MB, {peak / float_volume:.2f} of a float32 volume"
         )
     print(json.dumps({name: round(statistics.median(values), 4) for name, values in times.items()}))
     shutil.rmtree(out)

@@ -149,7 +149,13 @@ def cli() -> None:
 @click.option("--scans", default=10, show_default=True, help="Scans to make.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option(
-    "--size", nargs=3, type=int, metavar="I R C", help="Slices, rows, columns of a scan.  [default: 96 160 160]"
+    "--size",
+    nargs=3,
+    type=int,
+    default=(96, 160, 160),
+    show_default=True,
+    metavar="I R C",
+    help="Slices, rows, columns.",
 )
 @click.option("--hard", is_flag=True, help="Nodules that a threshold cannot find.")
 @_json_option

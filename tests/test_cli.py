@@ -36,6 +36,14 @@ def test_help_ends_with_an_example_and_imports_nothing_heavy(run: Run) -> None:
     assert done.stderr.strip() == "[]"
 
 
+def test_the_default_phantom_is_made_and_told(run: Run, tmp_path: Path) -> None:
+    done = run(["phantom", "p", "--scans", "1", "--json"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scans"] == 1
+    assert run(["phantom", "p", "--scans", "1"]).stdout.startswith("p: 1 scans")
+    assert "DimSize = 160 160 96" in next(tmp_path.glob("p/subset0/*.mhd")).read_text()
+
+
 def test_phantom_build_verify_info_show_follow_each_other(run: Run, tmp_path: Path) -> None:
     assert run(["phantom", "data", "--scans", "3", "--size", "40", "64", "64"]).returncode == 0
     built = run(["build", "--out", "store"])  # ./data is the default
