@@ -100,6 +100,13 @@ def test_plain_h5py_sees_all_crops_in_manifest_order(built_store: Path) -> None:
             np.testing.assert_array_equal(h5["crops"][row], store.crops([row])[0])
 
 
+def test_scans_of_one_patient_share_a_split(built_store: Path) -> None:
+    scans = lunaprep.open_store(built_store)
+    assert scans.scans["patient_id"].nunique() == 5  # of 6 scans
+    assert (scans.manifest.groupby("patient_id")["split_series"].nunique() == 1).all()
+    assert set(scans.manifest["split_series"]) == {"train", "val"}
+
+
 def test_a_missing_shard_shows_as_fill_in_the_front_door(data: Path, tmp_path: Path) -> None:
     make(data, tmp_path / "s")
     store = lunaprep.open_store(tmp_path / "s")

@@ -78,6 +78,7 @@ def test_files_and_columns_are_those_of_luna16(phantom):
     heads = {p.name: p.read_text().splitlines()[0] for p in folder.glob("*.csv")}
     assert heads.pop("seriesuids.csv").startswith("1.3.6.1.4.1.14519.5.2.1.6279.6001.")
     assert heads == {
+        "patients.csv": "seriesuid,patient_id",
         "annotations.csv": "seriesuid,coordX,coordY,coordZ,diameter_mm",
         "annotations_excluded.csv": "seriesuid,coordX,coordY,coordZ,diameter_mm",
         "annotations_with_malignancy.csv": "seriesuid,coordX,coordY,coordZ,diameter_mm,mal_bool,patient_id",

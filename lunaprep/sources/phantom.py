@@ -33,6 +33,7 @@ CSV_HEADERS = {
     "annotations_excluded.csv": "seriesuid,coordX,coordY,coordZ,diameter_mm",
     "annotations_with_malignancy.csv": "seriesuid,coordX,coordY,coordZ,diameter_mm,mal_bool,patient_id",
     "candidates.csv": "seriesuid,coordX,coordY,coordZ,class",
+    "patients.csv": "seriesuid,patient_id",
 }
 SERIES_FILE = "seriesuids.csv"
 
@@ -79,6 +80,7 @@ class Tables:
         self.lines["annotations_with_malignancy.csv"][uid] = [
             f"{csv_line(uid, row)},{row.is_malignant},{scan.patient_id}" for row in scan.annotations
         ]
+        self.lines["patients.csv"][uid] = [f"{uid},{scan.patient_id}"]
 
     def count(self, name: str) -> int:
         """Rows of one file."""

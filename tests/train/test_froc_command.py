@@ -215,7 +215,7 @@ def test_repeated_marks_are_counted_and_named(froc: Froc) -> None:
         (f"{HEADER}class\n001,1,2,3,1\n", "marks.csv has no column probability"),
         (f"{HEADER}probability,probability\n", "marks.csv has the column probability twice"),
         (f"{HEADER}probability\n001,1,2,3,0.9\n001,1,2,3,high\n", "marks.csv, line 3: probability is 'high'"),
-        (f"{HEADER}probability\n\n001,1,2,3,nan\n001,1,2,3,\n", "line 3: probability is 'nan', expected a finite number (1"),
+        (f"{HEADER}probability\n\n001,1,2,3,nan\n001,1,2,3,\n", "line 3: probability is 'nan', expected a finite num"),
         (f"{HEADER}probability\n001,1,2,3,inf\n", "line 2: probability is 'inf'"),
         (f"{HEADER}probability\n001,1,2,1e9,0.5\n", "line 2: coordZ is '1e9', expected a number of mm"),
         (f"{HEADER}probability\n001,1,2,3\n", "line 2: 4 fields, expected 5"),
