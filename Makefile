@@ -1,7 +1,7 @@
 # make demo, make test: nothing but Python 3.11+ and make needed; everything goes into .venv
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find lunaprep manifests -name '*.py' -o -name '*.toml' -o -name py.typed) setup.cfg pyproject.toml
+SOURCES := $(shell find lunaprep lunatrain manifests -name '*.py' -o -name '*.toml' -o -name py.typed) setup.cfg pyproject.toml
 
 .PHONY: help demo test lint docs bench clean
 help:  ## Say what can be made
@@ -40,11 +40,11 @@ clean:  ## Remove what was made here, .venv too
 
 # dependencies once, the package itself whenever a source changed
 .venv/dependencies: setup.cfg constraints.txt | .venv/bin/pip
-	$(BIN)/pip install --quiet --constraint constraints.txt .
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[train]'
 	touch $@
 
 .venv/dependencies-dev: .venv/dependencies
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[train,dev]'
 	touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813 - its own name for itself
 from isal import isal_zlib
 
 from lunaprep.build import BuildOptions, build
@@ -188,9 +188,8 @@ def main() -> None:
     for volumes in (False, True):
         peak = worker_peak(data, out, volumes=volumes)
         what = "with" if volumes else "no"
-        print(
-            f"peak memory of a worker, {what} volumes: {peak / 1e6:.0f} MB, {peak / float_volume:.2f} of a float32 volume"
-        )
+        share = peak / float_volume
+        print(f"peak memory of a worker, {what} volumes: {peak / 1e6:.0f} MB = {share:.2f} of a float32 volume")
     print(json.dumps({name: round(statistics.median(values), 4) for name, values in times.items()}))
     shutil.rmtree(out)
 

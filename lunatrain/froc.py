@@ -24,11 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lunatrain.errors import UsageError
 from lunatrain.marks import (
     MARK_COLUMNS,
     MAX_MARKS,
-    XYZ,
+    check_columns,
     check_places,
     check_repeats,
     check_series,
@@ -37,7 +36,7 @@ from lunatrain.marks import (
     within_limit,
     xyz_of,
 )
-from lunatrain.metrics import rank_scores, roc_curve
+from lunatrain.metrics import rank_scores, roc_curve, without_nan
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -79,19 +78,10 @@ class FrocCounts:
 
 @dataclass(frozen=True, eq=False)
 class FrocInterval:
-    """Mean and 95 % interval over draws of scans; a draw without a nodule is left out.
+    """Mean and 95 % interval of the sensitivity over draws of scans; a draw without a nodule is left out.
 
-    Attributes
-    ----------
-    fp_per_scan : ndarray, (p,)
-        1/8 to 8, `STEPS_PER_OCTAVE` to a doubling.
-    mean, low, high : ndarray, (p,)
-        Sensitivity.
-    at_rates_low, at_rates_high : ndarray, (7,)
-        Sensitivity at `RATES`.
-    cpm_mean, cpm_low, cpm_high : float
-    num_bootstrap : int
-        Draws.
+    `fp_per_scan`, `mean`, `low` and `high`, (p,), go from 1/8 to 8 with `STEPS_PER_OCTAVE` to a doubling;
+    `at_rates_low` and `at_rates_high`, (7,), are at `RATES`; `num_bootstrap` is the number of draws.
     """
 
     fp_per_scan: Floats
@@ -157,7 +147,7 @@ class FrocResult:
             **asdict(self.counts),
             "warnings": list(self.warnings),
         }
-        return {name: _without_nan(value) for name, value in figures.items()}
+        return without_nan(figures)
 
     def text(self) -> str:
         """Table of the sensitivities, and what became of the marks."""
@@ -169,12 +159,12 @@ class FrocResult:
         for k, (name, value) in enumerate(rows):
             span = f"  {spans[k][0]:.4f} to {spans[k][1]:.4f}" if ci else ""
             lines.append(f"{name:>11}  {value:>11.4f}{span}")
-        dropped = f"{n.marks_beyond_limit:,} beyond {MAX_MARKS} a scan, {n.marks_not_listed:,} in scans not listed"
         return "\n".join(
             [
                 *lines,
                 "",
-                f"marks    {n.marks_read:,} read, {dropped}",
+                f"marks    {n.marks_read:,} read, {n.marks_beyond_limit:,} beyond {MAX_MARKS} a scan, "
+                f"{n.marks_not_listed:,} in scans not listed",
                 f"         {n.marks_hit:,} hit, {n.marks_double:,} hit what was found already, "
                 f"{n.marks_on_excluded:,} on excluded findings, {n.false_positives:,} false positives",
                 f"nodules  {n.nodules_found:,} found, {n.nodules_missed:,} missed; "
@@ -214,8 +204,10 @@ def evaluate_froc(
         Ids that match nothing, are no text or are listed twice; places, diameters or probabilities that are not
         finite numbers.
     """
-    for name, table, value in _tables(marks, annotations, excluded):
-        _check_finite(name, table, value)
+    check_columns("marks", marks, "probability")
+    check_columns("annotations", annotations, "diameter_mm")
+    if excluded is not None:
+        check_columns("excluded", excluded, "diameter_mm")
     warnings = [*check_series(marks, annotations, series_uids), *check_repeats(marks)]
     scans = pd.Index(series_uids)
     marks, scan_of_mark = (
@@ -233,7 +225,7 @@ def evaluate_froc(
     warnings += check_places(marks, nodules, listed.of_mark, listed.of_nodule, int(judged.found.sum()))
     entries = _entries(marks, listed, judged)
     fp_per_scan, sensitivity, thresholds = _curve(entries)
-    at_rates = _sensitivity_at(np.array(RATES), fp_per_scan, sensitivity)
+    at_rates = np.interp(RATES, fp_per_scan, sensitivity)
     return FrocResult(
         fp_per_scan,
         sensitivity,
@@ -252,11 +244,7 @@ def write_result(result: FrocResult, out: Path) -> None:
     """Write froc.csv, froc_interval.csv (with bootstrap), missed.csv and marks.csv into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     theirs = {ours: name for name, ours in MARK_COLUMNS.items()}
-    curve = {
-        "fp_per_scan": result.fp_per_scan,
-        "sensitivity": result.sensitivity,
-        "threshold": result.thresholds,
-    }
+    curve = {"fp_per_scan": result.fp_per_scan, "sensitivity": result.sensitivity, "threshold": result.thresholds}
     pd.DataFrame(curve).to_csv(out / "froc.csv", index=False)
     if result.ci is not None:
         band = {name: getattr(result.ci, name) for name in ("fp_per_scan", "mean", "low", "high")}
@@ -268,7 +256,7 @@ def write_result(result: FrocResult, out: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Listed:
-    """Number of the scan of each mark and nodule, in the order they are listed; -1 for none of them."""
+    """Number of the scan of each mark and nodule, in listed order; -1 for none of them."""
 
     num_scans: int
     of_mark: Ints
@@ -294,29 +282,6 @@ class _Entries:
     score: Floats
     is_nodule: Bools
     nodules_per_scan: Ints
-
-
-def _tables(
-    marks: pd.DataFrame, annotations: pd.DataFrame, excluded: pd.DataFrame | None
-) -> Iterator[tuple[str, pd.DataFrame, str]]:
-    yield "marks", marks, "probability"
-    yield "annotations", annotations, "diameter_mm"
-    if excluded is not None:
-        yield "excluded", excluded, "diameter_mm"
-
-
-def _check_finite(name: str, table: pd.DataFrame, value: str) -> None:
-    missing = [column for column in ("series_uid", *XYZ, value) if column not in table]
-    if missing:
-        message = f"{name} has no column {', '.join(missing)} (it has {', '.join(map(str, table))}). Rename or add it"
-        raise UsageError(message)
-    for column in (*XYZ, value):
-        wrong = ~np.isfinite(table[column].to_numpy(dtype=np.float64))
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            got = table[column].iloc[row]
-            message = f"{name}: {column} is {got} in row {row} ({wrong.sum()} such rows), expected a finite number"
-            raise UsageError(message)
 
 
 def _judge(
@@ -402,25 +367,17 @@ def _scaled(rate: Floats, number: float, whole: int) -> Floats:
     return rate * number / whole if number else np.zeros_like(rate)
 
 
-def _sensitivity_at(rates: Floats, fp_per_scan: Floats, sensitivity: Floats) -> Floats:
-    return np.asarray(np.interp(rates, fp_per_scan, sensitivity))
-
-
 def _interval(entries: _Entries, num_bootstrap: int, seed: int) -> FrocInterval:
     octaves = round(np.log2(RATES[-1] / RATES[0]))
     grid = RATES[0] * 2.0 ** (np.arange(octaves * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)
-    curves = np.array(list(_drawn_curves(entries, num_bootstrap, seed, grid))).reshape(-1, grid.size)
-    if not len(curves):
-        curves = np.full((1, grid.size), np.nan)
+    curves = np.array(list(_drawn_curves(entries, num_bootstrap, seed, grid)) or [np.full(grid.size, np.nan)])
     at_rates = curves[:, np.searchsorted(grid, RATES)]
     low, high = np.percentile(curves, PERCENTILES, axis=0)
     rates_low, rates_high = np.percentile(at_rates, PERCENTILES, axis=0)
     cpm = at_rates.mean(axis=1)
-    cpm_low, cpm_high = np.percentile(cpm, PERCENTILES)
-    return FrocInterval(
-        grid, curves.mean(axis=0), low, high, rates_low, rates_high, float(cpm.mean()), float(cpm_low), float(cpm_high),
-        num_bootstrap,
-    )  # fmt: skip
+    cpm_low, cpm_high = np.percentile(cpm, PERCENTILES).tolist()
+    of_cpm = float(cpm.mean()), cpm_low, cpm_high
+    return FrocInterval(grid, curves.mean(axis=0), low, high, rates_low, rates_high, *of_cpm, num_bootstrap)
 
 
 def _drawn_curves(entries: _Entries, num_bootstrap: int, seed: int, grid: Floats) -> Iterator[Floats]:
@@ -438,14 +395,5 @@ def _drawn_curves(entries: _Entries, num_bootstrap: int, seed: int, grid: Floats
         weights = weight[scan]
         tp = np.append(0, np.cumsum(weights * is_nodule)[ends])
         fp = np.append(0, np.cumsum(weights)[ends]) - tp
-        yield _sensitivity_at(
-            grid,
-            _scaled(fp / max(fp[-1], 1), fp[-1], num_scans),
-            _scaled(tp / max(tp[-1], 1), tp[-1], num_nodules),
-        )
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+        fp_per_scan = _scaled(fp / max(fp[-1], 1), fp[-1], num_scans)
+        yield np.interp(grid, fp_per_scan, _scaled(tp / max(tp[-1], 1), tp[-1], num_nodules))

@@ -327,8 +327,7 @@ class _Files:
             raise UsageError(message)
         self._by_shard = _ByShard(shards)
         self._shards = shards
-        self._voxels = voxels
-        self._dtype = dtype
+        self._voxels, self._dtype = voxels, dtype
         self._fds: list[int] = []
         weakref.finalize(self, _close_all, self._fds)
         for shard in shards:

@@ -133,6 +133,21 @@ def check_series(marks: pd.DataFrame, annotations: pd.DataFrame, series_uids: Se
     return warnings + _check_folds(len(listed.intersection(marks["series_uid"])), len(listed))
 
 
+def check_columns(name: str, table: pd.DataFrame, value: str) -> None:
+    """Raise `UsageError` where a table lacks a column, or has a place or value that is no finite number."""
+    missing = [column for column in ("series_uid", *XYZ, value) if column not in table]
+    if missing:
+        message = f"{name} has no column {', '.join(missing)} (it has {', '.join(map(str, table))}). Rename or add it"
+        raise UsageError(message)
+    for column in (*XYZ, value):
+        wrong = ~np.isfinite(table[column].to_numpy(dtype=np.float64))
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            got = table[column].iloc[row]
+            message = f"{name}: {column} is {got} in row {row} ({wrong.sum()} such rows), expected a finite number"
+            raise UsageError(message)
+
+
 def check_repeats(marks: pd.DataFrame) -> list[str]:
     """Warn of marks that are there twice: one that hits is ignored, one that misses is one more false positive."""
     repeats = int(marks.duplicated().sum())
@@ -252,9 +267,7 @@ def _ids(column: "pd.Series[str]", name: str) -> list[str]:
     uids = list(column.unique())
     for uid in uids:
         if not isinstance(uid, str):
-            message = (
-                f"{name}: series_uid {uid!r} is a {type(uid).__name__}, expected text. Read the ids with dtype=str"
-            )
+            message = f"{name}: series_uid is {uid} ({type(uid).__name__}), expected text. Read the ids with dtype=str"
             raise UsageError(message)
     return uids
 
@@ -277,7 +290,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
-            return [(reader.line_num, row) for row in reader if any(field.strip() for field in row)]
+            return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except UnicodeDecodeError as error:
         message = f"{path} is not UTF-8 text (byte {error.start}), expected a CSV file. Save it as CSV in UTF-8"
         raise TableError(message) from error
@@ -306,8 +319,8 @@ def _read_table(path: Path, value: str) -> pd.DataFrame:
     _check_values(path, lines, "seriesuid", uids, [not uid for uid in frame["series_uid"]], "a series id")
     for name, texts in zip(expected[1:], columns, strict=True):
         limit = MAX_ABS_MM if name in MARK_COLUMNS else math.inf
-        numbers = [_number(text) for text in texts]
-        wrong = [not (math.isfinite(number) and abs(number) <= limit) for number in numbers]
+        numbers = _numbers(texts)
+        wrong = (~(np.isfinite(numbers) & (np.abs(numbers) <= limit))).tolist()
         _check_values(path, lines, name, texts, wrong, "a number of mm" if limit < math.inf else "a finite number")
         frame[MARK_COLUMNS.get(name, name)] = pd.Series(numbers, dtype="float64")
     return pd.DataFrame(frame)
@@ -325,7 +338,7 @@ def _check_header(path: Path, header: list[str], expected: list[str]) -> None:
         what = "has no header line"
     else:
         what = f"has no column {', '.join(missing)}" if missing else f"has the column {repeated[0]} twice"
-    message = f"{path} {what}: its first line is {got!r}, expected {wanted}. Mend the first line"
+    message = f"{path} {what}: its first line is {got!r}, expected {wanted}. Write it so"
     raise TableError(message)
 
 
@@ -335,6 +348,13 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def _numbers(texts: list[str]) -> Floats:
+    try:
+        return np.array(list(map(float, texts)), dtype=np.float64)
+    except ValueError:
+        return np.array([_number(text) for text in texts], dtype=np.float64)
 
 
 def _check_values(path: Path, lines: list[int], name: str, texts: list[str], wrong: list[bool], expected: str) -> None:

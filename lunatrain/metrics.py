@@ -25,7 +25,6 @@ DIAMETER_EDGES_MM = (3.0, 5.0, 8.0, 10.0, 15.0, 20.0, 30.0)
 """Lower ends of the size classes of `diameter_table`; the last has no upper end."""
 
 THRESHOLDS = tuple((np.arange(1, 20) / 20).tolist())
-"""Of `threshold_table`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +102,7 @@ class BinaryMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """Flat object of figures; what is undefined is None."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        return without_nan(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -191,11 +190,9 @@ def roc_curve(ranking: Ranking, drop_intermediate: bool = True) -> RocCurve:
 
 def precision_recall_curve(ranking: Ranking) -> PrecisionRecallCurve:
     """Precision and recall at every distinct score, as scikit-learn defines them."""
-    tp, called = ranking.true_positives, ranking.true_positives + ranking.false_positives
-    recall = _shares(tp, ranking.num_positive)
-    return PrecisionRecallCurve(
-        np.append((tp / called)[::-1], 1.0), np.append(recall[::-1], 0.0), ranking.thresholds[::-1]
-    )
+    tp = ranking.true_positives
+    precision, recall = tp / (tp + ranking.false_positives), _shares(tp, ranking.num_positive)
+    return PrecisionRecallCurve(np.append(precision[::-1], 1.0), np.append(recall[::-1], 0.0), ranking.thresholds[::-1])
 
 
 def area_under_roc(ranking: Ranking) -> float:
@@ -321,6 +318,15 @@ def multiclass_metrics(labels: npt.ArrayLike, predicted: npt.ArrayLike, num_clas
         _shares(right, confusion.sum(axis=0)),
         _shares(right, confusion.sum(axis=1)),
     )
+
+
+def without_nan(figures: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN by None, which JSON has; in lists too."""
+
+    def clean(value: Any) -> Any:
+        return [clean(item) for item in value] if isinstance(value, list) else None if value != value else value
+
+    return {name: clean(value) for name, value in figures.items()}
 
 
 def _check_lengths(labels: npt.NDArray[Any], scores: npt.NDArray[Any]) -> None:

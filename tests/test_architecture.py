@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import lunaprep
+import lunatrain
 
-ROOT = Path(lunaprep.__file__).parent
+ROOTS = {"lunaprep": Path(lunaprep.__file__).parent, "lunatrain": Path(lunatrain.__file__).parent}
 
-# A module may import those of lower layers, and of its own; "a.b" names a module, "a" also a whole package.
-LAYERS = [
+# A module may import those of lower layers, and of its own; a name stands for a module or for a whole package.
+PREP_LAYERS = [
     ["errors", "schema", "geometry", "machine", "__init__"],
     ["crops", "scans", "store"],
     ["candidates", "parameters", "datasheet", "shard_plan"],
@@ -24,29 +25,56 @@ LAYERS = [
     ["__main__"],
 ]
 
-# library: modules, or packages, that may import it
-HOMES = {
-    "SimpleITK": ["scans.itk", "verify.recut"],
-    "h5py": ["store", "verify"],
-    "pyarrow": ["store.tables", "candidates", "verify"],
-    "joblib": ["parallel"],
-    "filelock": ["store.commit"],
-    "isal": ["store.volume", "scans"],
-    "matplotlib": ["pictures"],
-    "click": ["cli"],
-    "tqdm": ["parallel", "cli"],
-    "torch": [],
-    "lunatrain": [],
+TRAIN_LAYERS = [
+    ["errors", "config", "__init__"],
+    ["mapping", "sampling", "metrics", "marks", "disk"],
+    ["data", "models", "augment", "froc", "checkpoint", "log"],
+    ["dataset", "plots", "tasks", "evaluate"],
+    ["loop", "bench", "report"],
+    ["training"],
+    ["evaluation"],
+    ["cli"],
+    ["__main__"],
+]
+
+LAYERS = {
+    f"{package}.{place}": rank
+    for package, layers in (("lunaprep", PREP_LAYERS), ("lunatrain", TRAIN_LAYERS))
+    for rank, places in enumerate(layers)
+    for place in places
 }
 
+# library: modules, or packages, that may import it
+HOMES = {
+    "SimpleITK": ["lunaprep.scans.itk", "lunaprep.verify.recut"],
+    "h5py": ["lunaprep.store", "lunaprep.verify"],
+    "pyarrow": ["lunaprep.store.tables", "lunaprep.candidates", "lunaprep.verify"],
+    "joblib": ["lunaprep.parallel"],
+    "filelock": ["lunaprep.store.commit"],
+    "isal": ["lunaprep.store.volume", "lunaprep.scans"],
+    "matplotlib": ["lunaprep.pictures", "lunatrain.plots"],
+    "click": ["lunaprep.cli", "lunatrain.cli"],
+    "tqdm": ["lunaprep.parallel", "lunaprep.cli", "lunatrain.loop"],
+    "torch": ["lunatrain"],
+    "lunatrain": ["lunatrain"],
+    "sklearn": [],
+}
+
+# lunatrain knows lunaprep only through the store's reader
+TRAIN_MAY_IMPORT = ["lunaprep.store.reader", "lunaprep.schema", "lunaprep.errors", "lunaprep.__init__"]
+
 # verify shares the format's definition with the writer, and none of its code
-VERIFY_MAY_IMPORT = ["schema", "errors", "verify"]
+VERIFY_MAY_IMPORT = ["lunaprep.__init__", "lunaprep.schema", "lunaprep.errors", "lunaprep.verify"]
 
 
 def modules() -> dict[str, ast.Module]:
-    paths = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "manifests")
-    named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
-    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in named.items()}
+    named = {}
+    for package, root in ROOTS.items():
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if parts[0] != "manifests":
+                named[".".join((package, *parts))] = ast.parse(path.read_text(encoding="utf-8"))
+    return named
 
 
 MODULES = modules()
@@ -63,9 +91,10 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def own_imports(name: str) -> set[str]:
-    found = {item.removeprefix("lunaprep.") for item in imports(MODULES[name]) if item.startswith("lunaprep.")}
-    known = {item for item in found if item in MODULES or f"{item}.__init__" in MODULES}
-    return {item if item in MODULES else f"{item}.__init__" for item in known}
+    found = set(imports(MODULES[name]))
+    return {
+        item if item in MODULES else f"{item}.__init__" for item in found if {item, f"{item}.__init__"} & MODULES.keys()
+    }
 
 
 def within(name: str, places: list[str]) -> bool:
@@ -73,21 +102,30 @@ def within(name: str, places: list[str]) -> bool:
 
 
 def layer(name: str) -> int:
-    ranks = [rank for rank, places in enumerate(LAYERS) if within(name, places)]
-    assert len(ranks) == 1, f"{name} must be in one layer of LAYERS, is in {len(ranks)}"
+    ranks = [rank for place, rank in LAYERS.items() if within(name, [place])]
+    assert len(ranks) == 1, f"{name} must be in one layer, is in {len(ranks)}"
     return ranks[0]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_back_along_the_data(name: str) -> None:
-    if name in ("__init__",):
-        return  # the front of the package hands out the reader lazily
-    above = {other for other in own_imports(name) if layer(other) > layer(name)}
+    package = name.split(".")[0]
+    if name == f"{package}.__init__":
+        return  # the front of a package hands out what is behind it
+    above = {other for other in own_imports(name) if other.startswith(package) and layer(other) > layer(name)}
     assert not above, f"{name} imports {above}, which lies above it"
 
 
+def test_the_trainer_knows_the_store_only_by_its_reader() -> None:
+    for name in MODULES:
+        if within(name, ["lunatrain"]):
+            strangers = {o for o in own_imports(name) if within(o, ["lunaprep"]) and not within(o, TRAIN_MAY_IMPORT)}
+            assert not strangers, f"{name} imports {strangers}"
+
+
 def test_no_import_cycle() -> None:
-    graph = {name: own_imports(name) - {"__init__"} for name in MODULES if name != "__init__"}
+    fronts = {f"{package}.__init__" for package in ROOTS}
+    graph = {name: own_imports(name) - fronts for name in MODULES if name not in fronts}
     while graph:
         leaves = {name for name, targets in graph.items() if not targets & graph.keys()}
         assert leaves, f"a cycle among {sorted(graph)}"
@@ -104,7 +142,7 @@ def test_each_heavy_library_has_one_home(library: str) -> None:
 
 def test_verify_shares_no_code_with_the_writer() -> None:
     for name in MODULES:
-        if within(name, ["verify"]):
+        if within(name, ["lunaprep.verify"]):
             strangers = {other for other in own_imports(name) if not within(other, VERIFY_MAY_IMPORT)}
             assert not strangers, f"{name} imports {strangers}"
 

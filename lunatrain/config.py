@@ -1,0 +1,138 @@
+"""What a training run is asked to do: checked once, kept in every checkpoint."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from lunatrain.errors import UsageError
+
+
+def _require(holds: bool, name: str, got: object, expected: str) -> None:
+    if not holds:
+        message = f"--{name.replace('_', '-')}: got {got}, expected {expected}"
+        raise UsageError(message)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. The defaults are a first choice, not yet a measured one; see docs/training.md.
+
+    Parameters
+    ----------
+    target : str
+        Column of the manifest to learn, true or false.
+    split : str
+        ``series``, ``candidate`` or ``fold:K``.
+    model : str
+        See `lunatrain.models`.
+    epochs, samples : int
+        Epochs, and samples of each; 0 samples takes every training crop once.
+    batch_size : int
+        Samples a step.
+    ratio : int
+        Negatives for each positive; 0 does not balance.
+    augment : str
+        Comma-separated transforms, see `lunatrain.augment`; empty for none.
+    optimizer : {"adamw", "sgd"}
+        With `weight_decay`, and for SGD `momentum`.
+    lr : float
+        Learning rate, the highest one where `schedule` is one-cycle.
+    schedule : {"one-cycle", "constant"}
+        How the learning rate goes.
+    label_smoothing : float
+        Share of the target given to the other class.
+    ema : float
+        Decay of the averaged weights that are validated and kept; 0 for none.
+    clip_grad : float
+        Greatest norm of the gradient; 0 for no limit.
+    patience : int
+        Epochs without a better score after which training stops; 0 never stops.
+    amp : {"auto", "bf16", "fp16", "off"}
+        Mixed precision; auto is bf16 or fp16 on CUDA, off on a CPU.
+    compile : bool
+        Whether to `torch.compile` the model.
+    save_steps : int
+        Steps between two checkpoints within an epoch.
+    seed : int
+        Fixes initial weights, orders, augmentation and dropout.
+    """
+
+    target: str = "is_nodule"
+    split: str = "series"
+    model: str = "residual"
+    epochs: int = 10
+    samples: int = 0
+    batch_size: int = 32
+    ratio: int = 1
+    augment: str = "flip,offset,scale,rotate,noise"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.01
+    schedule: Literal["one-cycle", "constant"] = "one-cycle"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    clip_grad: float = 1.0
+    patience: int = 0
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    compile: bool = False
+    save_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.samples >= 0, "samples", self.samples, "0 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(self.ratio >= 0, "ratio", self.ratio, "0 or more")
+        _require(self.optimizer in ("adamw", "sgd"), "optimizer", self.optimizer, "adamw or sgd")
+        _require(self.schedule in ("one-cycle", "constant"), "schedule", self.schedule, "one-cycle or constant")
+        _require(0 < self.lr <= 100, "lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 to below 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 to below 1")
+        _require(0 <= self.ema < 1, "ema", self.ema, "0 to below 1")
+        _require(self.amp in ("auto", "bf16", "fp16", "off"), "amp", self.amp, "auto, bf16, fp16 or off")
+        _require(self.save_steps >= 1, "save_steps", self.save_steps, "1 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return asdict(self)
+
+
+BOOK = TrainConfig(
+    model="luna",
+    epochs=1,
+    batch_size=32,
+    ratio=0,
+    augment="",
+    optimizer="sgd",
+    lr=0.001,
+    momentum=0.99,
+    weight_decay=0.0,
+    schedule="constant",
+    clip_grad=0.0,
+    split="candidate",
+)
+
+PRESETS = {
+    "book-ch11": BOOK,
+    "book-ch12": replace(BOOK, ratio=1, samples=200_000, augment="flip,offset,scale,rotate,noise"),
+}
+"""The book's settings: chapter 11 as it trains first, chapter 12 balanced and augmented."""
+
+
+def config_from_json(value: dict[str, Any]) -> TrainConfig:
+    """Return the settings that `TrainConfig.to_json` gave.
+
+    Raises
+    ------
+    UsageError
+        A setting this version does not know.
+    """
+    known = {item.name for item in fields(TrainConfig)}
+    strange = sorted(set(value) - known)
+    if strange:
+        message = (
+            f"the run has a setting {strange[0]!r} that this lunatrain does not know; use the version that made it"
+        )
+        raise UsageError(message)
+    return TrainConfig(**value)

@@ -1,0 +1,279 @@
+"""The training loop: step, validate, save, each one call. It knows no task and no files but its checkpoints.
+
+Stopping loses nothing: a place in training is (epoch, step), everything random is seeded by it, so a run that was
+stopped and resumed is the run that was not, bit for bit on a CPU.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from lunatrain.checkpoint import BEST, LAST, save_checkpoint
+from lunatrain.config import TrainConfig
+from lunatrain.data import Batch, CropLoader
+from lunatrain.errors import TrainingError
+from lunatrain.log import RunLog
+from lunatrain.sampling import EpochPlan, Rows
+from lunatrain.tasks.classify import Classify, predict
+
+NAN_FILE = "nan_batch.json"
+
+
+@dataclass
+class Progress:
+    """Where a run is. `step` counts within the epoch; `sums` are those of the epoch so far."""
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All parts of a training run, put together by `lunatrain.training`."""
+
+    path: Path
+    config: TrainConfig
+    device: torch.device
+    task: Classify
+    model: nn.Module
+    plan: EpochPlan
+    val_rows: Rows
+    loader: CropLoader
+    store_id: str
+    model_args: dict[str, Any]
+
+
+class Trainer:
+    """The parts of a run that change: weights, optimizer, schedule, progress."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        config = run.config
+        self.model = run.model
+        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.averaged = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            if config.ema
+            else None
+        )
+        self.optimizer = _optimizer(config, self.model)
+        total = config.epochs * len(run.plan)
+        self.schedule = (
+            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config.lr, total_steps=max(total, 2))
+            if config.schedule == "one-cycle"
+            else None
+        )
+        self.amp = amp_context(config.amp, run.device)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=_amp_dtype(config.amp, run.device) == torch.float16)
+        self.progress = Progress()
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is validated and kept as best: the averaged one, where there is one."""
+        return self.averaged.module if self.averaged is not None else self.model
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
+            "scaler": self.scaler.state_dict(),
+            "progress": vars(self.progress) | {"sums": dict(self.progress.sums)},
+            "config": self.run.config.to_json(),
+            "model_args": self.run.model_args,
+            "store_id": self.run.store_id,
+        }
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self.model.load_state_dict(state["model"])
+        if self.averaged is not None and state["averaged"] is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step."""
+        progress, config = self.progress, self.run.config
+        generator = _seed_step(config.seed, progress.epoch, progress.step, self.run.device)
+        self.forward.train()
+        with self.amp():
+            loss, logits = self.run.task.train_loss(self.forward, batch, generator)
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            self._stop_at_nan(batch, value)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        for name, amount in self.run.task.count(batch, value, logits).items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + amount
+        progress.step += 1
+        progress.samples += len(batch.rows)
+
+    def _stop_at_nan(self, batch: Batch, value: float) -> None:
+        progress = self.progress
+        path = self.run.path / NAN_FILE
+        rows = [int(row) for row in batch.rows]
+        path.write_text(json.dumps({"epoch": progress.epoch, "step": progress.step, "loss": str(value), "rows": rows}))
+        message = (
+            f"the loss became {value} at epoch {progress.epoch}, step {progress.step}; the batch's rows are in {path}. "
+            "Try a smaller --lr, or --amp off"
+        )
+        raise TrainingError(message)
+
+
+def train(trainer: Trainer, log: RunLog, *, show_progress: bool = False) -> Progress:
+    """Train to the end, or to the first stop asked for; the last and the best weights are on the disk then.
+
+    Returns
+    -------
+    Progress
+        Where the run is.
+
+    Raises
+    ------
+    TrainingError
+        The loss is no number any more.
+    KeyboardInterrupt
+        A stop was asked for; the checkpoint has been written.
+    """
+    run, progress = trainer.run, trainer.progress
+    with stop_request() as is_stopping:
+        while progress.epoch < run.config.epochs and not _is_patience_over(run.config, progress):
+            for batch in _show(run, progress, show_progress):
+                trainer.step(batch)
+                if is_stopping():
+                    save_checkpoint(run.path / LAST, trainer.state())
+                    raise KeyboardInterrupt
+                if progress.step % run.config.save_steps == 0:
+                    save_checkpoint(run.path / LAST, trainer.state())
+            _end_epoch(trainer, log)
+    return progress
+
+
+def _end_epoch(trainer: Trainer, log: RunLog) -> None:
+    """Validate, log, save; go on to the next epoch."""
+    run, progress = trainer.run, trainer.progress
+    log.write("train", progress.epoch, progress.samples, run.task.summarize(progress.sums))
+    batches = run.loader.batches(_in_batches(run.val_rows, run.loader.batch_size))
+    probability = predict(trainer.judged, batches, run.device, trainer.amp)
+    figures = run.task.scores(run.val_rows, probability)
+    log.write("val", progress.epoch, progress.samples, {**figures, "data_wait_share": run.loader.wait_share})
+    log.draw_scores(progress.samples, run.task.labels[run.val_rows], probability)
+    score = figures[run.task.score_name]
+    is_best = progress.best_epoch < 0 or score > progress.best
+    if is_best:
+        progress.best, progress.best_epoch = score, progress.epoch
+    progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+    save_checkpoint(run.path / LAST, trainer.state())
+    if is_best:
+        save_checkpoint(run.path / BEST, {**trainer.state(), "model": trainer.judged.state_dict()})
+
+
+def _show(run: Run, progress: Progress, show: bool) -> Iterator[Batch]:
+    batches = run.loader.batches(run.plan.batches(progress.epoch, progress.step))
+    bar: Any = tqdm(
+        batches,
+        desc=f"epoch {progress.epoch + 1}/{run.config.epochs}",
+        initial=progress.step,
+        total=len(run.plan),
+        unit="batch",
+        disable=None if show else True,
+    )
+    for batch in bar:
+        yield batch
+        bar.set_postfix(loss=f"{progress.sums['loss'] / max(1, _seen(progress)):.4f}", refresh=False)
+
+
+def _seen(progress: Progress) -> float:
+    return progress.sums.get("num_negative", 0) + progress.sums.get("num_positive", 0)
+
+
+def _in_batches(rows: Rows, size: int) -> Iterator[Rows]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _is_patience_over(config: TrainConfig, progress: Progress) -> bool:
+    return bool(config.patience) and progress.epoch - 1 - progress.best_epoch >= config.patience and progress.step == 0
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+
+
+def _seed_step(seed: int, epoch: int, step: int, device: torch.device) -> torch.Generator:
+    """Seed all that is random in a step (dropout, augmentation) from its place in training."""
+    value = int(np.random.SeedSequence((seed, epoch, step)).generate_state(1, np.uint64)[0]) >> 1
+    torch.manual_seed(value)
+    return torch.Generator(device).manual_seed(value)
+
+
+def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def amp_context(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What to run a model under, for the given mixed precision."""
+    dtype = _amp_dtype(amp, device)
+    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
+
+
+@contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C (or SIGTERM) finish its step; a second one breaks off at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

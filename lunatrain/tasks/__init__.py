@@ -1,0 +1,1 @@
+"""Tasks: a model, its loss and its scores. A task knows no files."""

@@ -1,0 +1,223 @@
+"""Put a run together: store, rows, model and settings in; a `Trainer` out. And find runs again."""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lunaprep.store.reader import Store, open_store
+from lunatrain.augment import Augmentation
+from lunatrain.checkpoint import Loaded, load_checkpoint, load_newest
+from lunatrain.config import TrainConfig, config_from_json
+from lunatrain.data import CropLoader
+from lunatrain.errors import CheckpointError, UsageError
+from lunatrain.loop import Run, Trainer
+from lunatrain.mapping import open_crops
+from lunatrain.models import build_model, load_book_state, prepare_for
+from lunatrain.sampling import Balanced, EpochPlan, Rows, Sampler, Shuffled, row_labels, select_rows
+from lunatrain.tasks.classify import Classify
+
+RUNS = Path("runs")
+RUN_FILE = "run.json"
+TASK = "cls"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `train` is asked besides the settings of the run."""
+
+    store: Path
+    run: Path
+    device: str = "auto"
+    init: Path | None = None
+    io: str = "auto"
+
+
+def new_run(name: str = TASK) -> Path:
+    """A folder for a new run, named by the time."""
+    stamp = time.strftime("%Y-%m-%d_%H.%M.%S")
+    run = RUNS / f"{stamp}-{name}"
+    return run if not run.exists() else RUNS / f"{stamp}-{time.time_ns() % 1_000_000:06d}-{name}"
+
+
+def newest_run(name: str = TASK) -> Path:
+    """The latest run of a task under ./runs.
+
+    Raises
+    ------
+    UsageError
+        There is none.
+    """
+    pattern = re.compile(rf"\d{{4}}-\d\d-\d\d_\d\d\.\d\d\.\d\d(-\d{{6}})?-{name}")
+    runs = sorted(path for path in RUNS.glob("*") if pattern.fullmatch(path.name) and path.is_dir())
+    if not runs:
+        message = f"there is no run under ./{RUNS}. Train one with 'lunatrain cls', or name one"
+        raise UsageError(message)
+    return runs[-1]
+
+
+def store_of(run: Path) -> Path:
+    """The store a run was trained on, as its run.json says.
+
+    Raises
+    ------
+    UsageError
+        The run does not say.
+    """
+    try:
+        return Path(json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["store"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{run} does not say which store it was trained on. Give --store"
+        raise UsageError(message) from error
+
+
+def note_store(options: TrainOptions) -> None:
+    """Write into the run's folder where its store is."""
+    options.run.mkdir(parents=True, exist_ok=True)
+    store = {"store": str(options.store.resolve())}
+    (options.run / RUN_FILE).write_text(json.dumps(store, indent=2) + "\n", encoding="utf-8")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name stands for; auto takes CUDA where there is one.
+
+    Raises
+    ------
+    UsageError
+        No such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"--device {name}: {str(error).splitlines()[0][:100]}. Use auto or cpu"
+        raise UsageError(message) from error
+    return device
+
+
+def open_training(options: TrainOptions, config: TrainConfig) -> Trainer:
+    """Put a new run together.
+
+    Raises
+    ------
+    UsageError
+        The store lacks what the settings ask for.
+    LunaprepError
+        The store is not whole.
+    """
+    store = open_store(options.store)
+    device = pick_device(options.device)
+    rows = select_rows(store.manifest, config.split, "train", config.target)
+    val_rows = select_rows(store.manifest, config.split, "val", config.target)
+    labels = _labels(store, np.concatenate([rows, val_rows]), config.target)
+    _check_classes(labels, rows, val_rows, config)
+    plan = EpochPlan(_sampler(rows, labels, config), config.batch_size)
+    torch.manual_seed(config.seed)
+    args = {"name": config.model, "num_classes": 2, "crop_shape": list(store.crop_shape)}
+    model = prepare_for(device, build_model(config.model, 2, store.crop_shape))
+    if options.init is not None:
+        load_weights(model, options.init, config.model)
+    loader = CropLoader(open_crops(store, options.io), max(256, config.batch_size), device=device)  # type: ignore[arg-type]
+    task = Classify(labels, Augmentation.parse(config.augment), config.label_smoothing)
+    return Trainer(
+        Run(options.run, config, device, task, model, plan, val_rows, loader, store.record["store_id"], args)
+    )
+
+
+def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
+    """Put a run together again as its newest good checkpoint has it.
+
+    Raises
+    ------
+    CheckpointError
+        There is none, or the store is another one.
+    """
+    loaded = load_newest(options.run)
+    if loaded is None:
+        message = f"{options.run} has no checkpoint to go on from. Start it without --resume"
+        raise CheckpointError(message)
+    trainer = open_training(options, config_from_json(loaded.state["config"]))
+    if loaded.state["store_id"] != trainer.run.store_id:
+        message = (
+            f"{options.run} was trained on store {loaded.state['store_id']}, this is {trainer.run.store_id}. "
+            "Give the same store, or start a new run with --init"
+        )
+        raise CheckpointError(message)
+    trainer.load(loaded.state)
+    return trainer, loaded
+
+
+def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
+    """Fill a model from a checkpoint of ours, or from one of the book's .state files.
+
+    Raises
+    ------
+    CheckpointError
+        Damaged, or the weights of another model.
+    """
+    if path.suffix == ".state":
+        load_book_state(path, model)
+        return
+    state = load_checkpoint(path).state
+    if state["model_args"]["name"] != name:
+        held = state["model_args"]["name"]
+        message = f"{path} holds a model {held!r}, not {name!r}. Give --model {held}"
+        raise CheckpointError(message)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()[:120]
+        message = f"{path} does not fit the model: {first}. Was it trained on crops of another shape?"
+        raise CheckpointError(message) from error
+
+
+def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model of a checkpoint, ready to predict, and the checkpoint's facts (config, epoch, samples, store_id).
+
+    A .state file of the book is taken for its LunaModel.
+    """
+    if path.suffix == ".state":
+        model = build_model("luna", 2, crop_shape)
+        load_book_state(path, model)
+        return model, {"config": {}, "progress": {}, "store_id": None}
+    state = load_checkpoint(path).state
+    args = state["model_args"]
+    if tuple(args["crop_shape"]) != crop_shape:
+        message = (
+            f"{path} was trained on crops {tuple(args['crop_shape'])}, the store has {crop_shape}. Take another store"
+        )
+        raise CheckpointError(message)
+    model = build_model(args["name"], args["num_classes"], crop_shape)
+    model.load_state_dict(state["model"])
+    return model, {key: state[key] for key in ("config", "progress", "store_id")}
+
+
+def _labels(store: Store, rows: Rows, target: str) -> Any:
+    labels = np.full(len(store), -1, dtype=np.int64)
+    labels[rows] = row_labels(store.manifest, rows, target)
+    return labels
+
+
+def _check_classes(labels: Any, rows: Rows, val_rows: Rows, config: TrainConfig) -> None:
+    for part, members in (("train", rows), ("val", val_rows)):
+        for value, word in ((1, "true"), (0, "false")):
+            if not (labels[members] == value).any():
+                message = (
+                    f"no {part} crop of split {config.split} has {config.target} {word}, so nothing can be learnt or "
+                    "judged. Take another split, or more scans"
+                )
+                raise UsageError(message)
+
+
+def _sampler(rows: Rows, labels: Any, config: TrainConfig) -> Sampler:
+    if config.ratio:
+        positives, negatives = rows[labels[rows] == 1], rows[labels[rows] == 0]
+        return Balanced(positives, negatives, config.seed, config.samples or len(rows), config.ratio)
+    return Shuffled(rows, config.seed, config.samples or None)

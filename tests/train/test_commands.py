@@ -1,0 +1,108 @@
+"""`lunatrain cls` and `eval` as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def trained(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run has been trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = call(
+        folder, "cls", "--store", small_store / "crops.h5", "--model", "luna", "--epochs", "1", "--samples", "48"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "best epoch 1 of 1: auc" in done.stdout
+    return folder
+
+
+def call(folder, *args):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lunatrain", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=110, check=False)
+
+
+def test_eval_with_no_option_reports_on_the_newest_run(trained):
+    done = call(trained, "eval")
+    assert done.returncode == 0, done.stderr
+    for word in ("AUC", "precision", "recall", "F1", "CPM", "report.html", "upper bound"):
+        assert word in done.stdout
+    out = next(trained.glob("runs/*-cls")) / "eval-series-val"
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert (out / "predictions.csv").read_text().startswith("seriesuid,coordX,coordY,coordZ,probability\n")
+    assert json.loads((out / "metrics.json").read_text())["num_positive"] >= 1
+
+
+def test_eval_takes_the_annotations_for_the_challenges_score(trained, phantom_root):
+    tables = [
+        "--annotations",
+        phantom_root / "annotations.csv",
+        "--excluded",
+        phantom_root / "annotations_excluded.csv",
+    ]
+    done = call(trained, "eval", "--part", "all", *tables, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert 0 <= figures["cpm"] <= 1
+    assert figures["num_nodules"] == len((phantom_root / "annotations.csv").read_text().splitlines()) - 1
+
+
+def test_predictions_go_through_froc(trained, phantom_root, tmp_path):
+    assert call(trained, "eval", "--part", "all", "--out", tmp_path / "all").returncode == 0
+    done = call(
+        trained, "froc", tmp_path / "all/predictions.csv", "--annotations", phantom_root / "annotations.csv",
+        "--excluded", phantom_root / "annotations_excluded.csv", "--json",
+        "--seriesuids", phantom_root / "seriesuids.csv",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0 <= json.loads(done.stdout)["cpm"] <= 1
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained):
+    run = next(trained.glob("runs/*-cls"))
+    before = (run / "best.pt").read_bytes()
+    done = call(trained, "cls", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "going on at epoch 2" in done.stderr
+    assert (run / "best.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["cls", "--store", "nowhere"], "is no store"),
+        (["eval", "--checkpoint", "setup.py"], "setup.py"),
+        (["cls", "--resume"], "no run under"),
+        (["eval"], "no run under"),
+        (["cls", "--preset", "book-ch99"], "book-ch99"),
+        (["bench", "--store", "nowhere"], "is no store"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_line(tmp_path, args, words):
+    done = call(tmp_path, *args)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, small_store, tmp_path):
+    run = next(trained.glob("runs/*-cls"))
+    spoiled = bytearray((run / "best.pt").read_bytes())
+    spoiled[len(spoiled) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(spoiled)
+    done = call(tmp_path, "eval", "--checkpoint", "x.pt", "--store", small_store)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1)
+    assert "damaged" in done.stderr
+
+
+def test_help_imports_no_torch():
+    code = "import sys; sys.argv = ['lunatrain', 'cls', '--help']\nfrom lunatrain.cli import main\ntry: main()\n"
+    code += "except SystemExit: pass\nprint(sorted({'torch', 'numpy', 'pandas'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
