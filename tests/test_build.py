@@ -1,6 +1,7 @@
 """A build is right to the voxel, the same however it is run, and goes on after whatever stops it."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -305,6 +306,42 @@ def test_bad_scans_cost_themselves_alone(data: Path, built_store: Path, tmp_path
     columns = ["series_uid", "candidate_id", "xxh3", "split_series"]
     pd.testing.assert_frame_equal(store.manifest[columns], reference.manifest[columns])
     assert verify_store(tmp_path / "s").ok
+
+
+def test_bad_rows_cost_themselves_alone(data: Path, built_store: Path, tmp_path: Path, run: Run) -> None:
+    good = (data / "candidates.csv").read_text()
+    uid = next(data.glob("subset0/*.mhd")).stem
+    bad = [f"{uid},x,0,0,0", f"{uid},0,nan,0,0", f"{uid},0,0,1e300,0", f"{uid},0,0,0,2", ",0,0,0,0", f"{uid},0,0"]
+    (data / "candidates.csv").write_text(good + "".join(f"{line}\n" for line in bad))
+    (data / "annotations.csv").write_text((data / "annotations.csv").read_text() + f"{uid},0,0,0,-5\n")
+    done = run(["build", "--data", data, "--out", tmp_path / "s", "--shard-size", "1"])
+    assert done.returncode == 3
+    first = len(good.splitlines()) + 1
+    for number in range(len(bad)):
+        assert f"candidates.csv, line {first + number}: " in done.stderr
+    assert "diameter_mm is '-5'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == len(bad) + 1
+    same = {name: value for name, value in files_of(built_store).items() if name != "store.json"}
+    assert {name: value for name, value in files_of(tmp_path / "s").items() if name != "store.json"} == same
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_flipped_bit_of_a_built_store_is_found_in_its_file(data: Path, tmp_path: Path, seed: int) -> None:
+    out = tmp_path / "s"
+    make(data, out, Parameters(crop_shape=(8, 8, 8), shard_bytes=1))
+    files = sorted(files_of(out))
+    draw = random.Random(seed)
+    for number in range(50):
+        name = files[number % len(files)]
+        whole = (out / name).read_bytes()
+        spoiled = bytearray(whole)
+        spoiled[draw.randrange(len(spoiled))] ^= 1 << draw.randrange(8)
+        (out / name).write_bytes(spoiled)
+        report = verify_store(out)
+        assert not report.ok
+        assert any(finding.place == name for finding in report.findings), f"{name}: {report.findings}"
+        (out / name).write_bytes(whole)
+    assert verify_store(out).ok
 
 
 def test_a_series_in_two_subsets_is_refused_by_name(data: Path, tmp_path: Path) -> None:
