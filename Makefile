@@ -40,7 +40,7 @@ clean:  ## Remove what was made here, .venv too
 
 # dependencies once, the package itself whenever a source changed
 .venv/dependencies: setup.cfg constraints.txt | .venv/bin/pip
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt .
 	touch $@
 
 .venv/dependencies-dev: .venv/dependencies
