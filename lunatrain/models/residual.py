@@ -1,10 +1,10 @@
 """Small residual networks that look at a candidate three times, near, wider and whole: the default classifier.
 
 What is asked about a crop is what lies at its centre: a nodule is 3 to 30 mm wide, a crop some 35 mm or more. So the
-centre is seen voxel by voxel, twice as much at half and all of it at a quarter of the resolution, each view by a network
-of its own; several contexts are also what Dou et al., "Multilevel contextual 3-D CNNs for false positive reduction"
-(2017), found best on LUNA16. A view has 1/64 of a crop's voxels, so a step takes a small part of the book's model's time.
-Blocks as in He et al., "Deep residual learning" (2015), with an average in the shortcut ("Bag of tricks", 2018).
+centre is seen voxel by voxel, twice as much at half and all of it at a quarter of the resolution, each view by a
+network of its own; Dou et al., "Multilevel contextual 3-D CNNs for false positive reduction" (2017), look at LUNA16 so.
+A view has 1/64 of a crop's voxels, so a step takes a small part of the book's model's time. Blocks as in He et al.,
+"Deep residual learning" (2015), with an average in the shortcut ("Bag of tricks", 2018).
 """
 
 import math
@@ -44,7 +44,9 @@ class ResidualBlock(nn.Module):
         """(N, channels, I, R, C) to (N, 2 * channels, I / 2, R / 2, C / 2), sides rounded up."""
         changed = self.norm1(self.conv1(features)).relu_()
         changed = self.norm2(self.conv2(changed))
-        return (changed + self.shortcut(features)).relu()
+        shortcut: torch.Tensor = self.shortcut(features)
+        summed: torch.Tensor = shortcut + changed
+        return summed.relu_()
 
 
 class ViewNetwork(nn.Sequential):
