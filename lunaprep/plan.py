@@ -81,7 +81,6 @@ def make_plan(
     *,
     volumes: bool = True,
     limit: int | None = None,
-    progress: Callable[[int], None] = lambda count: None,
 ) -> Plan:
     """Plan a build as if nothing were there yet; `decide` then takes what is finished into account.
 
@@ -95,11 +94,9 @@ def make_plan(
         Whether volumes are wanted too.
     limit : int, optional
         Take the first so many scans only.
-    progress : callable
-        Called with 1 after each header.
     """
     found = source.scans[:limit]
-    scans, failed = _open_all(found, source.root, progress)
+    scans, failed = _open_all(found, source.root)
     subset_of = {item.series_uid: item.subset for item in found}
     rows, outside = plan_rows(source, parameters, scans)
     num_absent = int((~source.candidates["series_uid"].isin(subset_of)).sum())
@@ -176,9 +173,7 @@ def pack(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _open_all(
-    found: Sequence[FoundScan], root: Path, progress: Callable[[int], None]
-) -> tuple[dict[str, Scan], tuple[FailedScan, ...]]:
+def _open_all(found: Sequence[FoundScan], root: Path) -> tuple[dict[str, Scan], tuple[FailedScan, ...]]:
     scans: dict[str, Scan] = {}
     failed: list[FailedScan] = []
     for item in found:
@@ -192,7 +187,6 @@ def _open_all(
             scans[item.series_uid] = open_scan(item.path, item.path.parent)
         except ScanError as error:
             failed.append(FailedScan(item, str(error)))
-        progress(1)
     return scans, tuple(failed)
 
 

@@ -59,27 +59,8 @@ DARK = Theme("#161b22", "#e6edf3", "#9198a1", "#30363d", "#56b4e9", "#ffb000")
 
 
 def froc_picture(result: FrocResult, out: Path) -> None:
-    """Draw the FROC curve from 1/8 to 8 false positives a scan, with the 95 % interval where there is one."""
-    with style_context(["default", {"text.parse_math": False}]):
-        figure = Figure(figsize=(7.2, 5.2), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        octaves = np.log2(RATES[-1] / RATES[0])
-        rates = RATES[0] * 2.0 ** np.linspace(0, octaves, int(octaves * POINTS_PER_OCTAVE) + 1)
-        if result.ci is not None:
-            axes.fill_between(
-                result.ci.fp_per_scan, result.ci.low, result.ci.high, color=BAND, alpha=0.6, lw=0, label="95 % interval"
-            )
-        axes.plot(rates, np.interp(rates, result.fp_per_scan, result.sensitivity), color=BLUE, lw=1.8, label="FROC")
-        axes.plot(RATES, result.at_rates, "o", color=BLUE, ms=5, clip_on=False)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-        axes.set(xlim=(RATES[0], RATES[-1]), ylim=(0, 1), xlabel="false positives per scan", ylabel="sensitivity")
-        axes.set_title(f"CPM {_cpm(result)}; {result.counts.num_scans:,} scans, {result.counts.num_nodules:,} nodules")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
-    out.write_bytes(buffer.getvalue())
+    """Write `froc_png` to a file."""
+    out.write_bytes(froc_png(result))
 
 
 def _cpm(result: FrocResult) -> str:
