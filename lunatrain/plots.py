@@ -19,7 +19,6 @@ from matplotlib.style import context as style_context
 from lunatrain.froc import RATES, FrocResult
 from lunatrain.metrics import CalibrationBin, PrecisionRecallCurve, RocCurve
 
-BLUE, BAND = "#0072b2", "#9ecae1"  # told apart with any colour vision
 POINTS_PER_OCTAVE = 128
 PLAIN_STYLE = style_context(["default", {"text.parse_math": False, "font.size": 10.5}])  # and $ is a plain sign
 WINDOW_HU = (-1350.0, 150.0)
