@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 from lunatrain.checkpoint import BEST, LAST, save_checkpoint
 from lunatrain.config import TrainConfig
-from lunatrain.data import Batch, CropLoader
 from lunatrain.errors import TrainingError
 from lunatrain.log import RunLog
-from lunatrain.sampling import EpochPlan, Rows
-from lunatrain.tasks.classify import Classify, predict
+from lunatrain.sampling import EpochPlan
+from lunatrain.tasks.task import Batch, Loader, Task
 
 NAN_FILE = "nan_batch.json"
 
@@ -50,11 +49,10 @@ class Run:
     path: Path
     config: TrainConfig
     device: torch.device
-    task: Classify
+    task: Task
     model: nn.Module
     plan: EpochPlan
-    val_rows: Rows
-    loader: CropLoader
+    loader: Loader
     store_id: str
     model_args: dict[str, Any]
 
@@ -135,10 +133,12 @@ class Trainer:
             self.schedule.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        for name, amount in self.run.task.count(batch, value, logits).items():
+        size = len(batch.rows)
+        counted = {"samples": float(size), "loss": value * size, **self.run.task.count(batch, logits)}
+        for name, amount in counted.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + amount
         progress.step += 1
-        progress.samples += len(batch.rows)
+        progress.samples += size
 
     def _stop_at_nan(self, batch: Batch, value: float) -> None:
         progress = self.progress
@@ -184,13 +184,13 @@ def train(trainer: Trainer, log: RunLog, *, show_progress: bool = False) -> Prog
 def _end_epoch(trainer: Trainer, log: RunLog) -> None:
     """Validate, log, save; go on to the next epoch."""
     run, progress = trainer.run, trainer.progress
-    log.write("train", progress.epoch, progress.samples, run.task.summarize(progress.sums))
-    batches = run.loader.batches(_in_batches(run.val_rows, run.loader.batch_size))
-    probability = predict(trainer.judged, batches, run.device, trainer.amp)
-    figures = run.task.scores(run.val_rows, probability)
-    log.write("val", progress.epoch, progress.samples, {**figures, "data_wait_share": run.loader.wait_share})
-    log.draw_scores(progress.samples, run.task.labels[run.val_rows], probability)
-    score = figures[run.task.score_name]
+    mean_loss = progress.sums["loss"] / max(1.0, progress.sums["samples"])
+    trained = {"loss": mean_loss, **run.task.summarize(progress.sums), "data_wait_share": run.loader.wait_share}
+    log.write("train", progress.epoch, progress.samples, trained)
+    validation = run.task.validate(trainer.judged, run.device, trainer.amp)
+    log.write("val", progress.epoch, progress.samples, validation.figures)
+    validation.draw(log, progress.samples)
+    score = validation.figures[run.task.score_name]
     is_best = progress.best_epoch < 0 or score > progress.best
     if is_best:
         progress.best, progress.best_epoch = score, progress.epoch
@@ -212,16 +212,7 @@ def _show(run: Run, progress: Progress, show: bool) -> Iterator[Batch]:
     )
     for batch in bar:
         yield batch
-        bar.set_postfix(loss=f"{progress.sums['loss'] / max(1, _seen(progress)):.4f}", refresh=False)
-
-
-def _seen(progress: Progress) -> float:
-    return progress.sums.get("num_negative", 0) + progress.sums.get("num_positive", 0)
-
-
-def _in_batches(rows: Rows, size: int) -> Iterator[Rows]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+        bar.set_postfix(loss=f"{progress.sums['loss'] / max(1, progress.sums['samples']):.4f}", refresh=False)
 
 
 def _is_patience_over(config: TrainConfig, progress: Progress) -> bool:

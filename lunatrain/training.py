@@ -17,7 +17,7 @@ from lunatrain.config import TrainConfig, config_from_json
 from lunatrain.data import CropLoader
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.loop import Run, Trainer
-from lunatrain.mapping import open_crops
+from lunatrain.mapping import Io, open_crops
 from lunatrain.models import build_model, load_book_state, prepare_for
 from lunatrain.sampling import Balanced, EpochPlan, Rows, Sampler, Shuffled, row_labels, select_rows
 from lunatrain.tasks.classify import Classify
@@ -25,6 +25,7 @@ from lunatrain.tasks.classify import Classify
 RUNS = Path("runs")
 RUN_FILE = "run.json"
 TASK = "cls"
+VAL_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TrainOptions:
     run: Path
     device: str = "auto"
     init: Path | None = None
-    io: str = "auto"
+    io: Io = "auto"
 
 
 def new_run(name: str = TASK) -> Path:
@@ -124,11 +125,12 @@ def open_training(options: TrainOptions, config: TrainConfig) -> Trainer:
     model = prepare_for(device, build_model(config.model, 2, store.crop_shape))
     if options.init is not None:
         load_weights(model, options.init, config.model)
-    loader = CropLoader(open_crops(store, options.io), max(256, config.batch_size), device=device)  # type: ignore[arg-type]
-    task = Classify(labels, Augmentation.parse(config.augment), config.label_smoothing)
-    return Trainer(
-        Run(options.run, config, device, task, model, plan, val_rows, loader, store.record["store_id"], args)
-    )
+    crops = open_crops(store, options.io)
+    loader = CropLoader(crops, config.batch_size, device=device)
+    val_loader = CropLoader(crops, max(VAL_BATCH, config.batch_size), device=device)
+    augmentation = Augmentation.parse(config.augment)
+    task = Classify(labels, augmentation, config.label_smoothing, val_rows, val_loader)
+    return Trainer(Run(options.run, config, device, task, model, plan, loader, store.record["store_id"], args))
 
 
 def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:

@@ -1,8 +1,7 @@
 """Classification of crops: nodule or not, malignant or not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +9,11 @@ import torch
 from torch import nn
 
 from lunatrain.augment import Augmentation, augment
-from lunatrain.data import Batch
+from lunatrain.data import Batch, CropLoader
+from lunatrain.log import RunLog
 from lunatrain.metrics import binary_metrics
+from lunatrain.sampling import Rows
+from lunatrain.tasks.task import Amp, Validation
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +28,17 @@ class Classify:
         What is done to training crops.
     label_smoothing : float
         Share of the target given to the other class, in training.
+    val_rows : ndarray, (k,) int64
+        Rows that a model is judged on.
+    val_loader : CropLoader
+        Delivers them.
     """
 
     labels: npt.NDArray[np.int64]
     augmentation: Augmentation
-    label_smoothing: float = 0.0
+    label_smoothing: float
+    val_rows: Rows
+    val_loader: CropLoader
 
     score_name = "average_precision"
     """What the best checkpoint is chosen by: it moves where nodules are rare and accuracy stands still."""
@@ -45,44 +53,49 @@ class Classify:
         smoothing = self.label_smoothing
         return nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing), logits
 
-    def count(self, batch: Batch, loss: float, logits: torch.Tensor) -> dict[str, float]:
-        """Sums that `summarize` divides once, at the end of the epoch."""
+    def count(self, batch: Batch, outputs: torch.Tensor) -> dict[str, float]:
+        """How many of each class there were, and how many were called right."""
         labels = self.labels[batch.rows]
-        called = logits.detach().float().argmax(dim=1).cpu().numpy()
+        called = outputs.detach().float().argmax(dim=1).cpu().numpy()
         return {
-            "loss": loss * len(labels),
             "num_negative": float((labels == 0).sum()),
             "num_positive": float((labels == 1).sum()),
             "right_negative": float(((labels == 0) & (called == 0)).sum()),
             "right_positive": float(((labels == 1) & (called == 1)).sum()),
         }
 
-    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """Figures of an epoch of training from the sums of its batches."""
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Share called right, of all and of each class."""
         negative, positive = sums["num_negative"], sums["num_positive"]
         right = sums["right_negative"] + sums["right_positive"]
         return {
-            "loss": _ratio(sums["loss"], negative + positive),
             "correct": _ratio(right, negative + positive),
             "correct_negative": _ratio(sums["right_negative"], negative),
             "correct_positive": _ratio(sums["right_positive"], positive),
         }
 
-    def scores(self, rows: npt.NDArray[np.int64], probability: npt.NDArray[np.float64]) -> dict[str, float]:
-        """Figures of a validation: those of `lunatrain.metrics.BinaryMetrics` that are single numbers."""
-        figures = binary_metrics(self.labels[rows] == 1, probability).to_json()
-        return {
+    def validate(self, model: nn.Module, device: torch.device, amp: Amp) -> Validation:
+        """Figures of the validation rows: those of `lunatrain.metrics.BinaryMetrics` that are single numbers."""
+        batches = self.val_loader.batches(in_batches(self.val_rows, self.val_loader.batch_size))
+        probability = predict(model, batches, device, amp)
+        labels = self.labels[self.val_rows]
+        figures = {
             name: float("nan") if value is None else float(value)
-            for name, value in figures.items()
+            for name, value in binary_metrics(labels == 1, probability).to_json().items()
             if _is_number(value)
         }
+
+        def draw(log: RunLog, samples: int) -> None:
+            log.draw_scores(samples, labels, probability)
+
+        return Validation(figures, draw)
 
     def _target(self, batch: Batch, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(self.labels[batch.rows]).to(device)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: Any) -> npt.NDArray[np.float64]:
+def predict(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: Amp) -> npt.NDArray[np.float64]:
     """Probability of class 1 for each crop, in the order of the batches, (n,) float64."""
     model.eval()
     parts = []
@@ -91,6 +104,12 @@ def predict(model: nn.Module, batches: Iterable[Batch], device: torch.device, am
             logits = model(batch.crops.to(device).float())
         parts.append(torch.softmax(logits.float(), dim=1)[:, 1].double().cpu().numpy())
     return np.concatenate(parts) if parts else np.empty(0)
+
+
+def in_batches(rows: Rows, size: int) -> Iterator[Rows]:
+    """Cut rows into batches, in their order."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lunatrain.loop as loop
+import lunatrain.tasks.classify as classify
 from lunaprep.build import BuildOptions, build
 from lunaprep.errors import LunaprepError
 from lunaprep.parameters import Parameters
@@ -140,7 +141,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_rows(small_store, tmp_pat
 
 def test_patience_ends_a_run_that_does_not_get_better(small_store, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        loop, "predict", lambda model, batches, device, amp: np.array([0.5 for b in batches for _ in b.rows])
+        classify, "predict", lambda model, batches, device, amp: np.array([0.5 for b in batches for _ in b.rows])
     )
     trainer = fit(TrainOptions(small_store, tmp_path / "r"), replace(QUICK, epochs=9, patience=2))
     assert trainer.progress.epoch == 3
