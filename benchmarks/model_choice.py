@@ -31,7 +31,7 @@ from lunatrain.data import CropLoader
 from lunatrain.mapping import open_crops
 from lunatrain.metrics import BinaryMetrics, binary_metrics
 from lunatrain.models import build_model, prepare_for
-from lunatrain.sampling import Balanced, EpochPlan, InOrder, Rows, row_labels, select_rows
+from lunatrain.sampling import EpochPlan, InOrder, Rows, balanced, row_labels, select_rows
 
 EPOCH = 2048
 BATCH_SIZE = 32
@@ -80,7 +80,7 @@ class Crops:
     def endless(self, rows: Rows, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Balanced batches without end."""
         positive = self.labels[rows] == 1
-        plan = EpochPlan(Balanced(rows[positive], rows[~positive], seed, EPOCH), BATCH_SIZE)
+        plan = EpochPlan(balanced(rows[positive], rows[~positive], seed, EPOCH), BATCH_SIZE)
         return self.batches((plan, epoch) for epoch in range(2**31))
 
 

@@ -30,6 +30,12 @@ class TrainConfig:
         Samples a step.
     ratio : int
         Negatives for each positive; 0 does not balance.
+    shuffle : {"all", "shards"}
+        Order of an unbalanced epoch: all crops mixed, or those of some shards at a time, for a store larger than RAM.
+    with_others : bool
+        Whether crops that are no nodules, and so have no label, are half of the negatives (the book, chapter 14).
+    finetune : int
+        Last stages of the model that learn, the linear layer being one; 0 trains all.
     augment : str
         Comma-separated transforms, see `lunatrain.augment`; empty for none.
     optimizer : {"adamw", "sgd"}
@@ -63,6 +69,9 @@ class TrainConfig:
     samples: int = 0
     batch_size: int = 32
     ratio: int = 1
+    shuffle: Literal["all", "shards"] = "all"
+    with_others: bool = False
+    finetune: int = 0
     augment: str = "flip,offset,scale,rotate,noise"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-3
@@ -83,6 +92,14 @@ class TrainConfig:
         _require(self.samples >= 0, "samples", self.samples, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.ratio >= 0, "ratio", self.ratio, "0 or more")
+        _require(self.shuffle in ("all", "shards"), "shuffle", self.shuffle, "all or shards")
+        _require(
+            self.shuffle == "all" or not self.ratio,
+            "shuffle",
+            self.shuffle,
+            "all, or --no-balanced: balanced sampling draws from all shards",
+        )
+        _require(self.finetune >= 0, "finetune", self.finetune, "0 or more")
         _require(self.optimizer in ("adamw", "sgd"), "optimizer", self.optimizer, "adamw or sgd")
         _require(self.schedule in ("one-cycle", "constant"), "schedule", self.schedule, "one-cycle or constant")
         _require(0 < self.lr <= 100, "lr", self.lr, "above 0")
@@ -119,6 +136,9 @@ PRESETS = {
     "book-ch12": replace(BOOK, ratio=1, samples=200_000, augment="flip,offset,scale,rotate,noise"),
 }
 """The book's settings: chapter 11 as it trains first, chapter 12 balanced and augmented."""
+
+MALIGNANCY = TrainConfig(target="is_malignant", with_others=True, finetune=2)
+"""What `lunatrain mal` starts from."""
 
 
 def config_from_json(value: dict[str, Any]) -> TrainConfig:

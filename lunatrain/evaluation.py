@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from lunaprep.store.reader import Store, open_store
-from lunatrain.checkpoint import BEST, LAST
 from lunatrain.data import CropLoader
-from lunatrain.errors import UsageError
 from lunatrain.evaluate import Evaluation, evaluate
 from lunatrain.log import read_metrics
 from lunatrain.loop import amp_context
@@ -19,7 +17,7 @@ from lunatrain.models import prepare_for
 from lunatrain.report import worst_pictures, write_report
 from lunatrain.sampling import Rows, select_rows
 from lunatrain.tasks.classify import predict
-from lunatrain.training import load_model, newest_run, pick_device, store_of
+from lunatrain.training import CLASSIFIERS, best_of, load_model, newest_run, pick_device, store_of
 
 BATCH = 256
 
@@ -112,12 +110,8 @@ def _checkpoint(options: EvalOptions) -> tuple[Path, Path | None]:
     if options.checkpoint is not None:
         parent = options.checkpoint.parent
         return options.checkpoint, options.run or (parent if (parent / "run.json").exists() else None)
-    run = options.run or newest_run()
-    for name in (BEST, LAST):
-        if (run / name).exists():
-            return run / name, run
-    message = f"{run} has no checkpoint. Name a run that has trained, or --checkpoint FILE"
-    raise UsageError(message)
+    run = options.run or newest_run(*CLASSIFIERS)
+    return best_of(run), run
 
 
 def _store(options: EvalOptions, run: Path | None) -> Path:

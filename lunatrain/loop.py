@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lunatrain.checkpoint import BEST, LAST, save_checkpoint
 from lunatrain.config import TrainConfig
+from lunatrain.distributed import Processes
 from lunatrain.errors import TrainingError
 from lunatrain.log import RunLog
 from lunatrain.sampling import EpochPlan
@@ -55,6 +56,9 @@ class Run:
     loader: Loader
     store_id: str
     model_args: dict[str, Any]
+    processes: Processes = field(default_factory=Processes)
+    frozen: tuple[nn.Module, ...] = ()
+    """Parts of the model that don't learn."""
 
 
 class Trainer:
@@ -64,7 +68,8 @@ class Trainer:
         self.run = run
         config = run.config
         self.model = run.model
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        called = run.processes.wrap(self.model)
+        self.forward: nn.Module = torch.compile(called) if config.compile else called  # type: ignore[assignment]
         self.averaged = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
             if config.ema
@@ -111,16 +116,21 @@ class Trainer:
             self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        if not self.run.processes.is_first:
+            self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the first process has those of all
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
-        progress, config = self.progress, self.run.config
-        generator = _seed_step(config.seed, progress.epoch, progress.step, self.run.device)
+        progress, config, processes = self.progress, self.run.config, self.run.processes
+        place = (config.seed, progress.epoch, progress.step, *([processes.rank] if processes.rank else []))
+        generator = _seed_step(place, self.run.device)
         self.forward.train()
+        for module in self.run.frozen:
+            module.eval()  # its statistics stand still as well
         with self.amp():
             loss, logits = self.run.task.train_loss(self.forward, batch, generator)
         value = float(loss.detach())
-        if not np.isfinite(value):
+        if processes.any(not np.isfinite(value)):
             self._stop_at_nan(batch, value)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -138,22 +148,27 @@ class Trainer:
         for name, amount in counted.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + amount
         progress.step += 1
-        progress.samples += size
+        progress.samples += size * processes.world_size
 
     def _stop_at_nan(self, batch: Batch, value: float) -> None:
         progress = self.progress
         path = self.run.path / NAN_FILE
-        rows = [int(row) for row in batch.rows]
-        path.write_text(json.dumps({"epoch": progress.epoch, "step": progress.step, "loss": str(value), "rows": rows}))
+        if not np.isfinite(value):  # else it is another process's batch, and its to note
+            rows = [int(row) for row in batch.rows]
+            noted = {"epoch": progress.epoch, "step": progress.step, "loss": str(value), "rows": rows}
+            path.write_text(json.dumps(noted))
+        shown = value if not np.isfinite(value) else float("nan")
         message = (
-            f"the loss became {value} at epoch {progress.epoch}, step {progress.step}; the batch's rows are in {path}. "
+            f"the loss became {shown} at epoch {progress.epoch}, step {progress.step}; the batch's rows are in {path}. "
             "Try a smaller --lr, or --amp off"
         )
         raise TrainingError(message)
 
 
-def train(trainer: Trainer, log: RunLog, *, show_progress: bool = False) -> Progress:
+def train(trainer: Trainer, log: RunLog | None, *, show_progress: bool = False) -> Progress:
     """Train to the end, or to the first stop asked for; the last and the best weights are on the disk then.
+
+    Of several processes the first has a log, and writes the checkpoints.
 
     Returns
     -------
@@ -172,32 +187,44 @@ def train(trainer: Trainer, log: RunLog, *, show_progress: bool = False) -> Prog
         while progress.epoch < run.config.epochs and not _is_patience_over(run.config, progress):
             for batch in _show(run, progress, show_progress):
                 trainer.step(batch)
-                if is_stopping():
-                    save_checkpoint(run.path / LAST, trainer.state())
+                if run.processes.any(is_stopping()):
+                    _save(trainer, LAST)
                     raise KeyboardInterrupt
                 if progress.step % run.config.save_steps == 0:
-                    save_checkpoint(run.path / LAST, trainer.state())
+                    _save(trainer, LAST)
             _end_epoch(trainer, log)
     return progress
 
 
-def _end_epoch(trainer: Trainer, log: RunLog) -> None:
+def _end_epoch(trainer: Trainer, log: RunLog | None) -> None:
     """Validate, log, save; go on to the next epoch."""
     run, progress = trainer.run, trainer.progress
-    mean_loss = progress.sums["loss"] / max(1.0, progress.sums["samples"])
-    trained = {"loss": mean_loss, **run.task.summarize(progress.sums), "data_wait_share": run.loader.wait_share}
-    log.write("train", progress.epoch, progress.samples, trained)
+    sums = run.processes.sum(progress.sums)
+    mean_loss = sums["loss"] / max(1.0, sums["samples"])
+    trained = {"loss": mean_loss, **run.task.summarize(sums), "data_wait_share": run.loader.wait_share}
     validation = run.task.validate(trainer.judged, run.device, trainer.amp)
-    log.write("val", progress.epoch, progress.samples, validation.figures)
-    validation.draw(log, progress.samples)
+    if log is not None:
+        log.write("train", progress.epoch, progress.samples, trained)
+        log.write("val", progress.epoch, progress.samples, validation.figures)
+        validation.draw(log, progress.samples)
     score = validation.figures[run.task.score_name]
     is_best = progress.best_epoch < 0 or score > progress.best
     if is_best:
         progress.best, progress.best_epoch = score, progress.epoch
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-    save_checkpoint(run.path / LAST, trainer.state())
+    _save(trainer, LAST)
     if is_best:
-        save_checkpoint(run.path / BEST, {**trainer.state(), "model": trainer.judged.state_dict()})
+        _save(trainer, BEST, {"model": trainer.judged.state_dict()})
+
+
+def _save(trainer: Trainer, name: str, changes: dict[str, Any] | None = None) -> None:
+    processes = trainer.run.processes
+    sums = processes.sum(trainer.progress.sums)
+    if processes.is_first:
+        state = trainer.state()
+        state["progress"]["sums"] = sums
+        save_checkpoint(trainer.run.path / name, {**state, **(changes or {})})
+    processes.wait()
 
 
 def _show(run: Run, progress: Progress, show: bool) -> Iterator[Batch]:
@@ -208,7 +235,7 @@ def _show(run: Run, progress: Progress, show: bool) -> Iterator[Batch]:
         initial=progress.step,
         total=len(run.plan),
         unit="batch",
-        disable=None if show else True,
+        disable=None if show and run.processes.is_first else True,
     )
     for batch in bar:
         yield batch
@@ -220,16 +247,15 @@ def _is_patience_over(config: TrainConfig, progress: Progress) -> bool:
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(learning, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(learning, config.lr, weight_decay=config.weight_decay)
 
 
-def _seed_step(seed: int, epoch: int, step: int, device: torch.device) -> torch.Generator:
+def _seed_step(place: tuple[int, ...], device: torch.device) -> torch.Generator:
     """Seed all that is random in a step (dropout, augmentation) from its place in training."""
-    value = int(np.random.SeedSequence((seed, epoch, step)).generate_state(1, np.uint64)[0]) >> 1
+    value = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value)
     return torch.Generator(device).manual_seed(value)
 

@@ -169,49 +169,59 @@ class ShardShuffled(Shuffled):
 
 
 @dataclass(frozen=True, eq=False)
-class Balanced:
-    """One positive, then `ratio` negatives, and so on: the book's order (chapter 12).
+class Mixed:
+    """Groups of rows taken in turns, by a pattern that repeats.
 
-    Both lists are shuffled for each epoch and start again where they end.
+    Each group is shuffled for each epoch and starts again where it ends.
 
     Attributes
     ----------
-    positives, negatives : ndarray, int64
-        Rows of each class.
+    groups : tuple of ndarray, int64
+        Rows of each group.
+    pattern : tuple of int
+        Group of each sample of a turn.
     seed : int
         Same seed, same orders.
     num_samples : int
         Samples of an epoch.
-    ratio : int
-        Negatives for each positive.
     """
 
-    positives: Rows
-    negatives: Rows
+    groups: tuple[Rows, ...]
+    pattern: tuple[int, ...]
     seed: int
     num_samples: int
-    ratio: int = 1
-
-    def __post_init__(self) -> None:
-        for name, rows in (("positive", self.positives), ("negative", self.negatives)):
-            if not len(rows):
-                message = f"balanced sampling needs {name} crops, there are none. Use --no-balanced, or more scans"
-                raise UsageError(message)
-        if self.ratio < 1:
-            message = f"the ratio of negatives to positives must be 1 or more, got {self.ratio}"
-            raise UsageError(message)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def order(self, epoch: int) -> Rows:
-        """Positive, negatives, positive, negatives and so on."""
+        """Sample by sample as the pattern says."""
         random = _random(self.seed, epoch)
-        positives, negatives = random.permutation(self.positives), random.permutation(self.negatives)
-        at = np.arange(self.num_samples)
-        turn = at // (self.ratio + 1)
-        is_positive = at % (self.ratio + 1) == 0
-        return np.where(is_positive, positives[turn % len(positives)], negatives[(at - turn - 1) % len(negatives)])
+        shuffled = [random.permutation(rows) for rows in self.groups]
+        group = np.resize(np.asarray(self.pattern), self.num_samples)
+        order = np.empty(self.num_samples, dtype=np.int64)
+        for number, rows in enumerate(shuffled):
+            places = np.flatnonzero(group == number)
+            order[places] = np.resize(rows, len(places))
+        return order
+
+
+def balanced(positives: Rows, negatives: Rows, seed: int, num_samples: int, ratio: int = 1) -> Mixed:
+    """One positive, then `ratio` negatives, and so on: the book's order (chapter 12).
+
+    Raises
+    ------
+    UsageError
+        No rows of a class, or a ratio below 1.
+    """
+    for name, rows in (("positive", positives), ("negative", negatives)):
+        if not len(rows):
+            message = f"balanced sampling needs {name} crops, there are none. Use --no-balanced, or more scans"
+            raise UsageError(message)
+    if ratio < 1:
+        message = f"the ratio of negatives to positives must be 1 or more, got {ratio}"
+        raise UsageError(message)
+    return Mixed((positives, negatives), (0, *[1] * ratio), seed, num_samples)
 
 
 @dataclass(frozen=True, eq=False)

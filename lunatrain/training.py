@@ -3,29 +3,43 @@
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lunaprep.store.reader import Store, open_store
 from lunatrain.augment import Augmentation
-from lunatrain.checkpoint import Loaded, load_checkpoint, load_newest
+from lunatrain.checkpoint import BEST, LAST, Loaded, load_checkpoint, load_newest
 from lunatrain.config import TrainConfig, config_from_json
 from lunatrain.data import CropLoader
+from lunatrain.distributed import Processes
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.loop import Run, Trainer
 from lunatrain.mapping import Io, open_crops
-from lunatrain.models import build_model, load_book_state, prepare_for
-from lunatrain.sampling import Balanced, EpochPlan, Rows, Sampler, Shuffled, row_labels, select_rows
+from lunatrain.models import build_model, freeze_all_but, load_book_state, prepare_for
+from lunatrain.sampling import (
+    EpochPlan,
+    Mixed,
+    Rows,
+    Sampler,
+    ShardShuffled,
+    Shuffled,
+    balanced,
+    row_labels,
+    select_rows,
+)
 from lunatrain.tasks.classify import Classify
 
 RUNS = Path("runs")
 RUN_FILE = "run.json"
-TASK = "cls"
+CLASSIFIERS = ("cls", "mal")
+"""Tasks whose runs `lunatrain eval` can evaluate."""
 VAL_BATCH = 256
+UNKNOWN, OTHER = -1, -2
 
 
 @dataclass(frozen=True)
@@ -37,29 +51,53 @@ class TrainOptions:
     device: str = "auto"
     init: Path | None = None
     io: Io = "auto"
+    processes: Processes = field(default_factory=Processes)
 
 
-def new_run(name: str = TASK) -> Path:
+def new_run(name: str) -> Path:
     """A folder for a new run, named by the time."""
     stamp = time.strftime("%Y-%m-%d_%H.%M.%S")
     run = RUNS / f"{stamp}-{name}"
     return run if not run.exists() else RUNS / f"{stamp}-{time.time_ns() % 1_000_000:06d}-{name}"
 
 
-def newest_run(name: str = TASK) -> Path:
-    """The latest run of a task under ./runs.
+def newest_run(*names: str) -> Path:
+    """The latest run under ./runs of one of the given tasks.
 
     Raises
     ------
     UsageError
         There is none.
     """
-    pattern = re.compile(rf"\d{{4}}-\d\d-\d\d_\d\d\.\d\d\.\d\d(-\d{{6}})?-{name}")
+    tasks = "|".join(names)
+    pattern = re.compile(rf"\d{{4}}-\d\d-\d\d_\d\d\.\d\d\.\d\d(-\d{{6}})?-({tasks})")
     runs = sorted(path for path in RUNS.glob("*") if pattern.fullmatch(path.name) and path.is_dir())
     if not runs:
-        message = f"there is no run under ./{RUNS}. Train one with 'lunatrain cls', or name one"
+        message = f"there is no run of {names[0]} under ./{RUNS}. Train one with 'lunatrain {names[0]}', or name one"
         raise UsageError(message)
     return runs[-1]
+
+
+def best_of(run: Path) -> Path:
+    """The checkpoint a run's folder stands for: the best, else the last one. A file stands for itself.
+
+    Raises
+    ------
+    UsageError
+        The folder has none.
+    """
+    if run.is_file():
+        return run
+    for name in (BEST, LAST):
+        if (run / name).exists():
+            return run / name
+    message = f"{run} has no checkpoint. Name a run that has trained, or a checkpoint"
+    raise UsageError(message)
+
+
+def model_of(checkpoint: Path) -> str:
+    """Name of the model that a checkpoint holds."""
+    return "luna" if checkpoint.suffix == ".state" else str(load_checkpoint(checkpoint).state["model_args"]["name"])
 
 
 def store_of(run: Path) -> Path:
@@ -114,23 +152,25 @@ def open_training(options: TrainOptions, config: TrainConfig) -> Trainer:
         The store is not whole.
     """
     store = open_store(options.store)
+    processes = options.processes
     device = pick_device(options.device)
-    rows = select_rows(store.manifest, config.split, "train", config.target)
-    val_rows = select_rows(store.manifest, config.split, "val", config.target)
-    labels = _labels(store, np.concatenate([rows, val_rows]), config.target)
+    rows, val_rows, labels = _rows_and_labels(store, config)
     _check_classes(labels, rows, val_rows, config)
-    plan = EpochPlan(_sampler(rows, labels, config), config.batch_size)
+    sampler = _sampler(store, rows, labels, config)
+    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size, not processes.is_alone)
     torch.manual_seed(config.seed)
     args = {"name": config.model, "num_classes": 2, "crop_shape": list(store.crop_shape)}
-    model = prepare_for(device, build_model(config.model, 2, store.crop_shape))
+    model = processes.share_statistics(prepare_for(device, build_model(config.model, 2, store.crop_shape)), device)
     if options.init is not None:
         load_weights(model, options.init, config.model)
+    frozen = freeze_all_but(model, config.finetune)
     crops = open_crops(store, options.io)
-    loader = CropLoader(crops, config.batch_size, device=device)
+    loader = CropLoader(crops, plan.rank_batch_size, device=device)
     val_loader = CropLoader(crops, max(VAL_BATCH, config.batch_size), device=device)
     augmentation = Augmentation.parse(config.augment)
-    task = Classify(labels, augmentation, config.label_smoothing, val_rows, val_loader)
-    return Trainer(Run(options.run, config, device, task, model, plan, loader, store.record["store_id"], args))
+    task = Classify(labels, augmentation, config.label_smoothing, val_rows, val_loader, processes)
+    store_id = store.record["store_id"]
+    return Trainer(Run(options.run, config, device, task, model, plan, loader, store_id, args, processes, frozen))
 
 
 def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
@@ -201,10 +241,19 @@ def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.M
     return model, {key: state[key] for key in ("config", "progress", "store_id")}
 
 
-def _labels(store: Store, rows: Rows, target: str) -> Any:
-    labels = np.full(len(store), -1, dtype=np.int64)
-    labels[rows] = row_labels(store.manifest, rows, target)
-    return labels
+def _rows_and_labels(store: Store, config: TrainConfig) -> tuple[Rows, Rows, npt.NDArray[np.int64]]:
+    """Rows to train on and to be judged on, and a label for each row of the manifest that is one of them."""
+    rows = select_rows(store.manifest, config.split, "train", config.target)
+    val_rows = select_rows(store.manifest, config.split, "val", config.target)
+    labels = np.full(len(store), UNKNOWN, dtype=np.int64)
+    for known in (rows, val_rows):
+        labels[known] = row_labels(store.manifest, known, config.target)
+    if config.with_others:
+        train = select_rows(store.manifest, config.split, "train")
+        others = train[(labels[train] == UNKNOWN) & ~store.manifest["is_nodule"].to_numpy(dtype=np.bool_)[train]]
+        labels[others] = OTHER
+        rows = np.sort(np.concatenate([rows, others]))
+    return rows, val_rows, labels
 
 
 def _check_classes(labels: Any, rows: Rows, val_rows: Rows, config: TrainConfig) -> None:
@@ -218,8 +267,18 @@ def _check_classes(labels: Any, rows: Rows, val_rows: Rows, config: TrainConfig)
                 raise UsageError(message)
 
 
-def _sampler(rows: Rows, labels: Any, config: TrainConfig) -> Sampler:
+def _sampler(store: Store, rows: Rows, labels: npt.NDArray[np.int64], config: TrainConfig) -> Sampler:
+    """The order of the rows; turns the label of others into that of a negative."""
+    groups = tuple(rows[labels[rows] == value] for value in (1, 0, OTHER))
+    labels[labels == OTHER] = 0
+    count = config.samples or len(rows)
+    if config.ratio and len(groups[2]):
+        negatives = [1, 2] * config.ratio  # of two turns
+        pattern = (0, *negatives[: config.ratio], 0, *negatives[config.ratio :])
+        return Mixed(groups, pattern, config.seed, count)
     if config.ratio:
-        positives, negatives = rows[labels[rows] == 1], rows[labels[rows] == 0]
-        return Balanced(positives, negatives, config.seed, config.samples or len(rows), config.ratio)
+        return balanced(groups[0], groups[1], config.seed, count, config.ratio)
+    if config.shuffle == "shards":
+        shards = tuple(shard.rows for shard in store.shards)
+        return ShardShuffled(rows, config.seed, config.samples or None, shards)
     return Shuffled(rows, config.seed, config.samples or None)

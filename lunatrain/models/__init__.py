@@ -6,10 +6,20 @@ import torch
 from torch import nn
 
 from lunatrain.errors import UsageError
-from lunatrain.models.luna import LunaModel, load_book_state
+from lunatrain.models.book_state import load_book_state
+from lunatrain.models.luna import LunaModel
 from lunatrain.models.residual import ResidualModel
 
-__all__ = ["MEMORY_FORMAT", "MODELS", "LunaModel", "ResidualModel", "build_model", "load_book_state", "prepare_for"]
+__all__ = [
+    "MEMORY_FORMAT",
+    "MODELS",
+    "LunaModel",
+    "ResidualModel",
+    "build_model",
+    "freeze_all_but",
+    "load_book_state",
+    "prepare_for",
+]
 
 MODELS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {"luna": LunaModel, "residual": ResidualModel}
 
@@ -40,6 +50,38 @@ def build_model(name: str, num_classes: int = 2, crop_shape: tuple[int, int, int
         message = f"a model needs 1 class or more, got {num_classes}"
         raise UsageError(message)
     return MODELS[name](num_classes, crop_shape)
+
+
+def freeze_all_but(model: nn.Module, num_stages: int) -> tuple[nn.Module, ...]:
+    """Let only the last stages of a model learn.
+
+    Parameters
+    ----------
+    model : Module
+        One of `MODELS`.
+    num_stages : int
+        Stages that learn, counted from the logits: 1 is the linear layer alone; 0 freezes nothing.
+
+    Returns
+    -------
+    tuple of Module
+        What is frozen. Keep it in evaluation mode while training, or its batch-norm statistics drift from its weights.
+
+    Raises
+    ------
+    UsageError
+        The model has not so many stages.
+    """
+    if num_stages == 0:
+        return ()
+    stages = model.stages()  # type: ignore[operator]
+    if not 0 < num_stages <= len(stages):
+        message = f"the model has {len(stages)} stages, got {num_stages} to fine-tune. Give 1 to {len(stages)}"
+        raise UsageError(message)
+    frozen = tuple(module for stage in stages[:-num_stages] for module in stage)
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
 
 
 def prepare_for(device: str | torch.device, model: nn.Module) -> nn.Module:

@@ -103,6 +103,13 @@ class ResidualModel(nn.Module):
         logits: torch.Tensor = self.head_linear(self.dropout(torch.cat(found, dim=1)))
         return logits
 
+    def stages(self) -> list[list[nn.Module]]:
+        """Parts from the input to the logits; all views' networks side by side."""
+        stem_layers = 3
+        stems = [layer for network in self.networks for layer in list(network.children())[:stem_layers]]
+        blocks = [list(network.children())[stem_layers:] for network in self.networks]
+        return [stems, *map(list, zip(*blocks, strict=True)), [self.head_linear]]
+
     def _init_weights(self) -> None:
         """Draw convolutions normal for ReLU (He 2015); each block starts as its shortcut."""
         for layer in self.modules():

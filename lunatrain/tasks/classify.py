@@ -1,7 +1,7 @@
 """Classification of crops: nodule or not, malignant or not."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ from torch import nn
 
 from lunatrain.augment import Augmentation, augment
 from lunatrain.data import Batch, CropLoader
+from lunatrain.distributed import Processes
 from lunatrain.log import RunLog
 from lunatrain.metrics import binary_metrics
 from lunatrain.sampling import Rows
@@ -32,6 +33,8 @@ class Classify:
         Rows that a model is judged on.
     val_loader : CropLoader
         Delivers them.
+    processes : Processes
+        Who shares the work of validating.
     """
 
     labels: npt.NDArray[np.int64]
@@ -39,9 +42,12 @@ class Classify:
     label_smoothing: float
     val_rows: Rows
     val_loader: CropLoader
+    processes: Processes = field(default_factory=Processes)
 
     score_name = "average_precision"
     """What the best checkpoint is chosen by: it moves where nodules are rare and accuracy stands still."""
+
+    shown = ("auc", "average_precision", "precision", "recall", "f1")
 
     def train_loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
@@ -76,8 +82,9 @@ class Classify:
 
     def validate(self, model: nn.Module, device: torch.device, amp: Amp) -> Validation:
         """Figures of the validation rows: those of `lunatrain.metrics.BinaryMetrics` that are single numbers."""
-        batches = self.val_loader.batches(in_batches(self.val_rows, self.val_loader.batch_size))
-        probability = predict(model, batches, device, amp)
+        own = self.processes.share(self.val_rows)
+        batches = self.val_loader.batches(in_batches(own, self.val_loader.batch_size))
+        probability = self.processes.join(predict(model, batches, device, amp), len(self.val_rows))
         labels = self.labels[self.val_rows]
         figures = {
             name: float("nan") if value is None else float(value)

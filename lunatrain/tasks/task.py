@@ -53,6 +53,11 @@ class Task(Protocol):
         """Figure of the validation by which the best checkpoint is chosen; the higher, the better."""
         ...
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Figures of the validation that are printed at the end."""
+        ...
+
     def train_loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss of a batch, and the model's outputs."""
         ...

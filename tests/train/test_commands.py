@@ -78,8 +78,8 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained):
     [
         (["cls", "--store", "nowhere"], "is no store"),
         (["eval", "--checkpoint", "setup.py"], "setup.py"),
-        (["cls", "--resume"], "no run under"),
-        (["eval"], "no run under"),
+        (["cls", "--resume"], "no run of cls under"),
+        (["eval"], "no run of cls under"),
         (["cls", "--preset", "book-ch99"], "book-ch99"),
         (["bench", "--store", "nowhere"], "is no store"),
     ],
@@ -106,3 +106,18 @@ def test_help_imports_no_torch():
     code += "except SystemExit: pass\nprint(sorted({'torch', 'numpy', 'pandas'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_mal_goes_on_from_the_newest_classifier_and_eval_judges_it(small_store, tmp_path):
+    few = ["--store", small_store, "--split", "candidate", "--epochs", "1", "--samples", "16", "--batch-size", "8"]
+    missing = call(tmp_path, "mal", *few)
+    assert missing.returncode == 2
+    assert "no run of cls" in missing.stderr
+    assert call(tmp_path, "cls", "--model", "luna", *few).returncode == 0
+    done = call(tmp_path, "mal", *few, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"].endswith("-mal")
+    assert call(tmp_path, "mal", "--resume").returncode == 0
+    done = call(tmp_path, "eval", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "diameter_auc" in json.loads(done.stdout)

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from lunatrain.errors import UsageError
 from lunatrain.sampling import (
-    Balanced,
     EpochPlan,
     InOrder,
     Rows,
     Sampler,
     ShardShuffled,
     Shuffled,
+    balanced,
     row_labels,
     select_rows,
 )
@@ -142,7 +142,7 @@ def test_shards_that_do_not_hold_the_rows():
 @given(SEEDS, EPOCHS, COUNTS, COUNTS, st.integers(1, 5), st.integers(1, 200))
 def test_balanced_is_exact(seed: int, epoch: int, positives: int, negatives: int, ratio: int, num_samples: int):
     positive_rows, negative_rows = rows_of(positives), rows_of(negatives) + 1
-    order = Balanced(positive_rows, negative_rows, seed, num_samples, ratio).order(epoch)
+    order = balanced(positive_rows, negative_rows, seed, num_samples, ratio).order(epoch)
     assert len(order) == num_samples
     is_positive = np.isin(order, positive_rows)
     np.testing.assert_array_equal(is_positive, np.arange(num_samples) % (ratio + 1) == 0)
@@ -153,10 +153,10 @@ def test_balanced_is_exact(seed: int, epoch: int, positives: int, negatives: int
 
 
 def test_balanced_takes_the_books_places():
-    lists = Balanced(rows_of(3), rows_of(4) + 1, 5, 100)
+    lists = balanced(rows_of(3), rows_of(4) + 1, 5, 100)
     positives, negatives = lists.order(2)[0:6:2], lists.order(2)[1:8:2]
     for ratio in (1, 2, 3):
-        order = Balanced(rows_of(3), rows_of(4) + 1, 5, 50, ratio).order(2)
+        order = balanced(rows_of(3), rows_of(4) + 1, 5, 50, ratio).order(2)
         for index, row in enumerate(order):  # the book's arithmetic, chapter 12
             place = index // (ratio + 1)
             taken = negatives[(index - 1 - place) % 4] if index % (ratio + 1) else positives[place % 3]
@@ -169,7 +169,7 @@ def test_balanced_takes_the_books_places():
 )
 def test_balanced_refuses(positives: int, negatives: int, ratio: int, text: str):
     with pytest.raises(UsageError, match=text):
-        Balanced(rows_of(positives), rows_of(negatives), 0, 10, ratio)
+        balanced(rows_of(positives), rows_of(negatives), 0, 10, ratio)
 
 
 def samplers(seed: int, count: int) -> list[Sampler]:
@@ -179,7 +179,7 @@ def samplers(seed: int, count: int) -> list[Sampler]:
         Shuffled(rows, seed, 2 * count + 3),
         ShardShuffled(rows, seed, shard_rows=(count,)),
     ]
-    return [InOrder(rows), *shuffled, Balanced(rows, rows + count, seed, 77, 2)]
+    return [InOrder(rows), *shuffled, balanced(rows, rows + count, seed, 77, 2)]
 
 
 @given(SEEDS, EPOCHS, COUNTS, st.integers(1, 20), st.booleans(), st.data())

@@ -13,11 +13,13 @@ import lunatrain.tasks.classify as classify
 from lunaprep.build import BuildOptions, build
 from lunaprep.errors import LunaprepError
 from lunaprep.parameters import Parameters
+from lunaprep.store.reader import open_store
 from lunatrain.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from lunatrain.config import PRESETS, TrainConfig
+from lunatrain.config import MALIGNANCY, PRESETS, TrainConfig
 from lunatrain.errors import CheckpointError, TrainingError, UsageError
 from lunatrain.log import RunLog, read_metrics
 from lunatrain.loop import train
+from lunatrain.sampling import ShardShuffled
 from lunatrain.training import TrainOptions, load_model, open_training, resume_training
 
 QUICK = TrainConfig(model="luna", epochs=2, samples=40, batch_size=8, lr=1e-3, ema=0.9, save_steps=3)
@@ -212,3 +214,47 @@ def test_the_presets_are_the_books_settings():
 def test_a_wrong_setting_is_named(bad):
     with pytest.raises(UsageError, match=f"--{next(iter(bad)).replace('_', '-')}"):
         TrainConfig(**bad)
+
+
+@pytest.mark.parametrize(("model", "stages"), [("luna", 6), ("residual", 4)])
+def test_what_is_frozen_stands_still_with_its_statistics(small_store, tmp_path, model, stages):
+    config = replace(QUICK, model=model, finetune=2, epochs=1, samples=16, ema=0.0)
+    trainer = open_training(TrainOptions(small_store, tmp_path / "r"), config)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with RunLog(tmp_path / "r") as log:
+        train(trainer, log)
+    parts = trainer.model.stages()
+    assert len(parts) == stages
+    learning = {id(p) for stage in parts[-2:] for module in stage for p in module.state_dict(keep_vars=True).values()}
+    for name, tensor in trainer.model.state_dict(keep_vars=True).items():
+        if id(tensor) not in learning:
+            assert torch.equal(tensor, before[name]), name
+        elif name.endswith("weight"):
+            assert not torch.equal(tensor, before[name]), name
+
+
+def test_more_stages_than_there_are_is_refused(small_store, tmp_path):
+    with pytest.raises(UsageError, match="6 stages, got 7"):
+        open_training(TrainOptions(small_store, tmp_path / "r"), replace(QUICK, finetune=7))
+
+
+def test_malignancy_mixes_in_what_is_no_nodule(small_store, tmp_path):
+    store = open_store(small_store)
+    config = replace(MALIGNANCY, model="luna", finetune=1, samples=40, batch_size=8, split="candidate")
+    trainer = open_training(TrainOptions(small_store, tmp_path / "r"), config)
+    rows = np.concatenate(list(trainer.run.plan.batches(0)))
+    drawn = store.manifest.iloc[rows]
+    assert (drawn["is_malignant"].fillna(False).sum(), drawn["is_nodule"].sum()) == (20, 30)
+    assert set(trainer.run.task.labels[rows[~drawn["is_nodule"]]]) == {0}
+    judged = store.manifest.iloc[trainer.run.task.val_rows]
+    assert judged["is_malignant"].notna().all()  # on nodules alone
+
+
+def test_shards_in_turn_for_a_store_larger_than_memory(small_store, tmp_path):
+    config = replace(QUICK, ratio=0, samples=0, shuffle="shards")
+    trainer = open_training(TrainOptions(small_store, tmp_path / "r", io="pread"), config)
+    assert isinstance(trainer.run.plan.sampler, ShardShuffled)
+    rows = np.concatenate(list(trainer.run.plan.batches(0)))
+    assert len(np.unique(rows)) == len(rows)
+    with pytest.raises(UsageError, match="no-balanced"):
+        replace(QUICK, shuffle="shards")

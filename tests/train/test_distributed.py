@@ -1,0 +1,72 @@
+"""Processes that train together do what one process does with the same global batch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lunatrain.distributed import GlobalBatchNorm, Processes
+from lunatrain.log import read_metrics
+
+TRAIN = ["-m", "lunatrain", "cls", "--model", "luna", "--augment", "", "--epochs", "2", "--samples", "32",
+         "--batch-size", "8", "--lr", "0.001", "--device", "cpu"]  # fmt: skip
+
+
+def run(launcher, store, out, *more):
+    command = [sys.executable, *launcher, *TRAIN, "--store", str(store), "--out", str(out), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_train_as_one(small_store, tmp_path):
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run(together, small_store, tmp_path / "two")
+    assert done.stdout.count("best epoch") == 1  # the first process alone prints
+    run([], small_store, tmp_path / "one")
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for line, other in zip(one, two, strict=True):
+        assert other["samples"] == line["samples"]
+        assert other["loss" if line["part"] == "train" else "auc"] == pytest.approx(
+            line["loss" if line["part"] == "train" else "auc"], rel=1e-4
+        )
+    weights = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    # a run goes on with another number of processes
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"], small_store, tmp_path / "two", "--resume")
+
+
+def test_global_batch_norm_of_one_process_is_batch_norm(monkeypatch):
+    monkeypatch.setattr("lunatrain.distributed._all_reduce", lambda values: values)
+    torch.manual_seed(0)
+    plain = nn.BatchNorm3d(3).double()
+    ours = GlobalBatchNorm(3).double()
+    with torch.no_grad():
+        plain.weight.uniform_(0.5, 2)
+        plain.bias.uniform_(-1, 1)
+    ours.load_state_dict(plain.state_dict())
+    given = torch.randn(4, 3, 2, 3, 5, dtype=torch.float64) * 300 - 700
+    for training in (True, True, False):
+        plain.train(training)
+        ours.train(training)
+        inputs = [given.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(x) for layer, x in zip((plain, ours), inputs, strict=True)]
+        torch.testing.assert_close(outputs[1], outputs[0])
+        for output in outputs:
+            output.pow(3).sum().backward()
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+        torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor)
+
+
+def test_one_process_needs_no_group():
+    alone = Processes()
+    assert alone.sum({"a": 1.0}) == {"a": 1.0}
+    assert alone.any(True) and not alone.any(False)
+    assert alone.agree("x") == "x"
+    alone.wait()
