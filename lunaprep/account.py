@@ -17,9 +17,10 @@ class Preview:
     crops: int
     nodules: int
     dtype: str
+    slabs: int
     shards_to_build: int
     shards_to_check: int
-    shards_to_add_volumes: int
+    shards_to_add_to: int
     shards_kept: int
     read_bytes: int
     write_bytes: int
@@ -44,11 +45,12 @@ class Preview:
         work = f"{self.shards_to_build} to build, {self.shards_kept} kept"
         if self.shards_to_check:
             work += f", {self.shards_to_check} to check (their scans were touched)"
-        if self.shards_to_add_volumes:
-            work += f", {self.shards_to_add_volumes} to add volumes to"
+        if self.shards_to_add_to:
+            work += f", {self.shards_to_add_to} to add volumes or slabs to"
         lines = [
             f"scans       {self.scans:,} to be in the store, {len(self.failed):,} unusable",
             f"candidates  {self.crops:,} crops ({self.dtype}), {self.nodules:,} nodules",
+            f"targets     {self.slabs:,} slabs with masks" if self.slabs else "targets     none",
             f"shards      {work}",
             f"disk        reads {size_text(self.read_bytes)}, writes about {size_text(self.write_bytes)}; "
             f"{size_text(self.free_bytes)} free",
@@ -77,6 +79,9 @@ class Account:
     nodules_unmatched: int
     negatives_in_nodules: int
     volumes: int
+    slabs: int
+    slabs_positive: int
+    scans_with_lungs: int
     bytes_written: int
     seconds: float
     crops_per_s: float
@@ -103,7 +108,8 @@ class Account:
             f"candidates  {self.candidates:,} in the tables -> {self.crops:,} crops, {self.nodules:,} nodules; "
             f"{self.candidates_absent:,} of other series, {self.candidates_outside:,} outside their scan",
             f"written     {size_text(self.bytes_written)} in {self.seconds:.1f} s{speed}",
-            f"store       {self.store_id}, {self.volumes:,} volumes",
+            f"store       {self.store_id}, {self.volumes:,} volumes, {self.slabs:,} slabs "
+            f"({self.slabs_positive:,} with nodule), lungs in {self.scans_with_lungs:,} scans",
         ]
         if self.nodules_unmatched:
             lines.append(f"note        {self.nodules_unmatched:,} nodules lie in no annotation and have no diameter")
@@ -124,9 +130,10 @@ def make_preview(
         crops=len(plan.rows),
         nodules=int(plan.rows["is_nodule"].sum()),
         dtype=plan.dtype,
+        slabs=len(plan.slabs) if plan.targets else 0,
         shards_to_build=actions["build"],
         shards_to_check=actions["check"],
-        shards_to_add_volumes=actions["volumes"],
+        shards_to_add_to=actions["add"],
         shards_kept=actions["keep"],
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
@@ -135,7 +142,7 @@ def make_preview(
         worker_bytes=worker_bytes,
         changes=_changes(plan, record),
         failed=tuple(item.reason for item in plan.failed),
-        left_out=(*map(str, plan.source.faults), *plan.outside),
+        left_out=(*map(str, plan.source.faults), *plan.outside, *plan.notes),
     )
 
 
@@ -147,12 +154,13 @@ def make_account(
     new = [receipt for receipt in receipts if before[receipt.plan_key] != receipt]
     cut = [receipt for receipt in new if (old := before[receipt.plan_key]) is None or old.sha256 != receipt.sha256]
     built = sum(scan.status == "ok" for receipt in new for scan in receipt.scans)
-    volumes = [scan.volume for receipt in new for scan in receipt.scans if scan.volume]
+    written = sum(receipt.bytes for receipt in cut) + _added_bytes(new, before)
     counts = record["counts"]
     rows = plan.rows
     crops_built = sum(receipt.rows for receipt in cut)
     on_disk = {item.series_uid for item in plan.source.scans}
     matched = rows["annotation_id"].notna()
+    notes = [scan.lungs.note for receipt in receipts for scan in receipt.scans if scan.lungs and scan.lungs.note]
     late = [str(scan.reason) for receipt in receipts for scan in receipt.scans if scan.status == "failed"]
     return Account(
         store_id=record["store_id"],
@@ -171,13 +179,28 @@ def make_account(
         nodules_unmatched=int((rows["is_nodule"] & ~matched).sum()),
         negatives_in_nodules=int((~rows["is_nodule"] & matched).sum()),
         volumes=counts["volumes"],
-        bytes_written=sum(receipt.bytes for receipt in cut) + sum(volume.bytes for volume in volumes),
+        slabs=counts.get("slabs", 0),
+        slabs_positive=counts.get("slabs_positive", 0),
+        scans_with_lungs=sum(bool(scan.lungs and scan.lungs.box) for receipt in receipts for scan in receipt.scans),
+        bytes_written=written,
         seconds=seconds,
         crops_per_s=crops_built / seconds if seconds > 0 else 0.0,
         changes=about.changes,
         failed=(*about.failed, *late),
-        left_out=about.left_out,
+        left_out=(*about.left_out, *notes),
     )
+
+
+def _added_bytes(new: Sequence[Receipt], before: Mapping[str, Receipt | None]) -> int:
+    """Bytes of the volumes and slabs that were not there before."""
+    total = 0
+    for receipt in new:
+        old = before[receipt.plan_key]
+        had = {scan.volume for scan in old.scans} if old else set()
+        total += sum(scan.volume.bytes for scan in receipt.scans if scan.volume and scan.volume not in had)
+        if receipt.slabs and (old is None or old.slabs != receipt.slabs):
+            total += receipt.slabs.bytes + receipt.slabs.mask_bytes
+    return total
 
 
 def _changes(plan: Plan, record: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -185,9 +208,16 @@ def _changes(plan: Plan, record: Mapping[str, Any] | None) -> tuple[str, ...]:
     if record is None:
         return ()
     lines = []
-    touches = {"match": "the manifest", "val_stride": "the manifest", "shard_bytes": "which scans share a shard"}
+    touches = {
+        "slab_negatives": "the slabs",
+        "match": "the manifest",
+        "val_stride": "the manifest",
+        "shard_bytes": "which scans share a shard",
+    }
     had, want = record["parameters"], plan.parameters.to_json()
     for name in want:
+        if name == "slab_negatives" and not (plan.targets and "slabs" in record):
+            continue
         if had.get(name) != want[name]:
             lines.append(f"{name} {had.get(name)} -> {want[name]}: touches {touches.get(name, 'every crop')}")
     if record["crops"]["dtype"] != plan.dtype and had.get("dtype") == want["dtype"]:

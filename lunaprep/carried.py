@@ -1,7 +1,7 @@
 """Subsets of the store that this build does not touch, because their scans are not in the data folder."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ class Carried:
     rows: pd.DataFrame
     scans: pd.DataFrame
     shards: tuple[dict[str, Any], ...]
+    slabs: pd.DataFrame
+    slab_shards: tuple[dict[str, Any], ...] = ()
+    has_slabs: bool = False
+    """Whether the subsets were built with targets, be there a slab among them or not."""
 
 
 def shard_place(shard_id: str) -> tuple[int, int]:
@@ -51,14 +55,15 @@ def carry_over(out: Path, record: Mapping[str, Any] | None, planned: Collection[
     """
     keep = store_subsets(out) - set(planned)
     if not keep:
-        empty = pd.DataFrame(columns=[column.name for column in schema.MANIFEST_COLUMNS])
-        return Carried(empty, pd.DataFrame(columns=[column.name for column in schema.SCAN_COLUMNS]), ())
+        return Carried(_empty(schema.MANIFEST_COLUMNS), _empty(schema.SCAN_COLUMNS), (), _empty(schema.SLAB_COLUMNS))
     try:
         if record is None:
             message = f"{schema.STORE_FILE} is missing or damaged"
             raise StoreError(message)
         rows = read_table(out / schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS)
         scans = read_table(out / schema.SCANS_FILE, schema.SCAN_COLUMNS)
+        has_slabs = "slabs" in record
+        slabs = read_table(out / schema.SLABS_FILE, schema.SLAB_COLUMNS) if has_slabs else _empty(schema.SLAB_COLUMNS)
     except StoreError as error:
         names = ", ".join(f"subset{number}" for number in sorted(keep))
         message = (
@@ -67,7 +72,14 @@ def carry_over(out: Path, record: Mapping[str, Any] | None, planned: Collection[
         )
         raise StoreError(message) from error
     shards = tuple(shard for shard in record["shards"] if shard_place(shard["id"])[0] in keep)
-    return Carried(rows[rows["subset"].isin(keep)], scans[scans["subset"].isin(keep)], shards)
+    listed = record["slabs"]["shards"] if has_slabs else ()
+    slab_shards = tuple(shard for shard in listed if shard_place(shard["id"])[0] in keep)
+    rows, scans, slabs = (table[table["subset"].isin(keep)] for table in (rows, scans, slabs))
+    return Carried(rows, scans, shards, slabs, slab_shards, has_slabs)
+
+
+def _empty(columns: Sequence[schema.Column]) -> pd.DataFrame:
+    return pd.DataFrame(columns=[column.name for column in columns])
 
 
 def check_same_crops(carried: Carried, record: Mapping[str, Any] | None, wanted: Mapping[str, Any], dtype: str) -> None:

@@ -230,6 +230,12 @@ class _bar:  # noqa: N801
 @click.option("--val-stride", type=int, default=10, show_default=True, help="Every how many-th series validates.")
 @click.option("--shard-size", type=_Bytes(), default="1GiB", show_default=True, help="Greatest size of a shard.")
 @click.option("--volumes/--no-volumes", default=True, show_default=True, help="Also write whole clipped scans.")
+@click.option("--targets/--no-targets", default=True, show_default=True,
+              help="Also make lung and nodule masks, and slabs to train a segmentation on.")  # fmt: skip
+@click.option("--slab-negatives", type=float, default=1.0, show_default=True, metavar="RATIO",
+              help="Slabs that show no nodule, for each one that does, about.")  # fmt: skip
+@click.option("--lungs", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Folder of lung masks, UID.mhd.  [default: seg-lungs-LUNA16, if there; else computed]")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Take the first so many scans only.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @_json_option
@@ -265,18 +271,20 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
     from lunaprep.parameters import Parameters
     from lunaprep.sources.luna16 import TablePaths
 
-    tables = TablePaths(**{name: options[name] for name in ("candidates", "annotations", "malignancy", "patients")})
+    given = ("candidates", "annotations", "malignancy", "patients", "lungs")
+    tables = TablePaths(**{name: options[name] for name in given})
     wanted = BuildOptions(
         data=_data_folder(options["data"]),
         out=options["out"],
         subsets=options["subsets"],
         tables=tables,
         volumes=options["volumes"],
+        targets=options["targets"],
         limit=options["limit"],
         workers=options["workers"],
         progress=True,
     )
-    names = ("crop_shape", "hu", "dtype", "edge", "match", "val_stride")
+    names = ("crop_shape", "hu", "dtype", "edge", "match", "val_stride", "slab_negatives")
     return wanted, Parameters(shard_bytes=options["shard_size"], **{name: options[name] for name in names})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lunaprep import schema
 from lunaprep.carried import shard_place
 from lunaprep.scans.scan import Scan
+from lunaprep.shard_plan import ScanJob
 from lunaprep.shard_work import staged_volume
 from lunaprep.store.files import canonical_json
 from lunaprep.store.receipt import Receipt, read_receipt, receipt_bytes
@@ -42,7 +43,10 @@ class Finished:
 
     def is_there(self, receipt: Receipt) -> bool:
         """Whether a receipt's files are in place or staged, each of its right size."""
-        if receipt.file and not _has_size(self.out / receipt.file, receipt.bytes):
+        files = {receipt.file: receipt.bytes}
+        if receipt.slabs:
+            files |= {receipt.slabs.file: receipt.slabs.bytes, receipt.slabs.mask_file: receipt.slabs.mask_bytes}
+        if not all(_has_size(self.out / file, size) for file, size in files.items() if file):
             return False
         volumes = [scan.volume for scan in receipt.scans if scan.volume]
         return all(
@@ -79,18 +83,22 @@ class SeenInputs:
         """Whether a scan's voxel file has the stamp it had when it had this hash."""
         return self._seen.get(str(scan.data_path)) == [*self._stamp(scan), data_xxh3]
 
-    def watch(self, scans: Iterable[Scan]) -> None:
+    def watch(self, jobs: Iterable[ScanJob]) -> None:
         """Take the stamps before the files are read."""
-        for scan in scans:
-            self._stamp(scan)
+        for job in jobs:
+            self._stamp(job.scan)
+            if job.lungs:
+                self._stamp(job.lungs)
 
-    def note(self, receipt: Receipt, scans: Iterable[Scan]) -> None:
+    def note(self, receipt: Receipt, jobs: Iterable[ScanJob]) -> None:
         """Keep the hashes that a finished shard's pass over its scans gave."""
         done = receipt.scan_by_uid
-        for scan in scans:
-            record = done.get(scan.series_uid)
+        for job in jobs:
+            record = done.get(job.scan.series_uid)
             if record and record.data_xxh3:
-                self._seen[str(scan.data_path)] = [*self._stamp(scan), record.data_xxh3]
+                self._seen[str(job.scan.data_path)] = [*self._stamp(job.scan), record.data_xxh3]
+            if record and record.lungs and record.lungs.given_xxh3 and job.lungs:
+                self._seen[str(job.lungs.data_path)] = [*self._stamp(job.lungs), record.lungs.given_xxh3]
 
     def save(self) -> None:
         """Write the notes."""

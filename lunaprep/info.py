@@ -60,10 +60,13 @@ def _by_split(manifest: pd.DataFrame, column: str) -> dict[str, dict[str, int]]:
     }
 
 
-def _counts(manifest: pd.DataFrame, scans: pd.DataFrame) -> dict[str, int]:
-    """How many there are of everything."""
+def _counts(manifest: pd.DataFrame, scans: pd.DataFrame, recorded: Mapping[str, int]) -> dict[str, int]:
+    """How many there are of everything; slabs as `recorded` in store.json, where there are any."""
     nodules, ok = manifest[manifest["is_nodule"]], scans[scans["status"] == "ok"]
+    slabs = {key: int(recorded[key]) for key in ("slabs", "slabs_positive") if key in recorded}
     return {
+        **slabs,
+        "scans_with_lungs": int(ok["lung_box"].notna().sum()),
         "scans_ok": len(ok),
         "scans_failed": len(scans) - len(ok),
         "volumes": int(ok["volume_file"].notna().sum()),
@@ -104,12 +107,15 @@ def store_info(store: "Store") -> dict[str, Any]:
     sizes = nodules["diameter_mm"].dropna()
     reasons = [None if pd.isna(reason) else str(reason) for reason in failed["reason"]]
     one = schema.crop_bytes(store.crop_shape, str(store.dtype))
+    slabs = store.record.get("slabs", {"shards": []})["shards"]
+    sizes_of = {"crops": len(manifest) * one, "volumes": int(scans["volume_bytes"].dropna().sum())}
+    sizes_of["slabs"] = sum(int(shard["bytes"]) + int(shard["mask_bytes"]) for shard in slabs)
     return {
         "store_id": store.record["store_id"],
         "parameters": dict(store.parameters),
         "dtype": str(store.dtype),
-        "counts": _counts(manifest, scans),
-        "bytes": {"crops": len(manifest) * one, "volumes": int(scans["volume_bytes"].dropna().sum())},
+        "counts": _counts(manifest, scans, store.record.get("counts", {})),
+        "bytes": sizes_of,
         "by_class": {"nodule": len(nodules), "other": len(manifest) - len(nodules)},
         "by_split": {name: _by_split(manifest, name) for name in ("split_series", "split_candidate")},
         "by_subset": _by_subset(manifest, scans),
@@ -177,8 +183,17 @@ def _header(info: Mapping[str, Any]) -> list[str]:
         *_wrapped("nodules", [_plural(counts["nodules"], "crop") + of]),
         *_wrapped("crops", [shape, info["dtype"], _size(sizes["crops"]), padded]),
         *_wrapped("volumes", volumes),
+        *_wrapped("targets", _targets(counts, sizes)),
         *_wrapped("made with", [*made, f"every {parameters['val_stride']}th to val"]),
     ]
+
+
+def _targets(counts: Mapping[str, int], sizes: Mapping[str, int]) -> list[str]:
+    """What a segmentation is trained on."""
+    if "slabs" not in counts:
+        return ["none"]
+    slabs = f"{_plural(counts['slabs'], 'slab')}, {counts['slabs_positive']:,} with nodule"
+    return [slabs, _size(sizes["slabs"]), f"lungs in {_plural(counts['scans_with_lungs'], 'scan')}"]
 
 
 def _subset_table(info: Mapping[str, Any]) -> list[str]:

@@ -93,19 +93,13 @@ def built_rows(planned: pd.DataFrame, receipt: Receipt) -> pd.DataFrame:
     return rows.assign(shard_id=receipt.shard_id, shard_row=np.arange(len(rows), dtype=np.int32), xxh3=xxh3)
 
 
-def complete_rows(
-    rows: pd.DataFrame,
-    annotations: pd.DataFrame,
-    patients: Mapping[str, str],
-    series_uids: Sequence[str],
-    val_stride: int,
-) -> pd.DataFrame:
-    """Add fold, size_rank and the splits, which depend on all rows together.
+def series_splits(
+    annotations: pd.DataFrame, patients: Mapping[str, str], series_uids: Sequence[str], val_stride: int
+) -> dict[str, str]:
+    """``split_series`` of each series.
 
     Parameters
     ----------
-    rows : DataFrame
-        All rows of the manifest.
     annotations : DataFrame
         For the largest nodule of each series.
     patients : mapping of str to str
@@ -113,15 +107,29 @@ def complete_rows(
     series_uids : sequence of str
         All series in the store, those without a candidate too.
     val_stride : int
-        Every how many-th validates.
+        Every how many-th patient validates.
+    """
+    return split_by_series(largest_nodules(series_uids, annotations), patients, val_stride)
+
+
+def complete_rows(rows: pd.DataFrame, splits: Mapping[str, str], val_stride: int) -> pd.DataFrame:
+    """Add fold, size_rank and the splits, which depend on all rows together.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        All rows of the manifest.
+    splits : mapping of str to str
+        As `series_splits` gives it.
+    val_stride : int
+        Every how many-th candidate validates.
     """
     rank = np.empty(len(rows), dtype=np.int64)
     rank[size_order(rows)] = np.arange(len(rows))
-    by_series = split_by_series(largest_nodules(series_uids, annotations), patients, val_stride)
     return rows.assign(
         fold=rows["subset"],
         size_rank=rank,
-        split_series=rows["series_uid"].map(by_series).astype(object),
+        split_series=rows["series_uid"].map(dict(splits)).astype(object),
         split_candidate=split_by_rank(rank, val_stride),
     )
 
@@ -143,7 +151,7 @@ def scan_row(
         "hu_max": record.hu_max,
         "clipped_share": record.clipped_share,
         "num_crops": record.num_crops,
-        "lung_box": None,
+        "lung_box": list(record.lungs.box) if record.lungs and record.lungs.box else None,
     }
     names = ("num_slices", "num_rows", "num_cols")
     shape = scan.geometry.shape_irc if scan else (None, None, None)

@@ -9,6 +9,7 @@ from lunaprep.errors import UsageError
 
 MIN_CROP_VOXELS = 512
 MAX_CROP_SIDE = 512
+MAX_RATIO = 1000
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Parameters:
         See `lunaprep.candidates.match_annotations`.
     val_stride : int
         Every how many-th series (or candidate) is for validation.
+    slab_negatives : float
+        Slabs that are no nodule for each one that is, about; see `lunaprep.slabs`.
     shard_bytes : int
         Greatest size of a shard, unless one scan alone is larger.
     """
@@ -39,6 +42,7 @@ class Parameters:
     edge: Edge = "shift"
     match: Literal["radius", "book"] = "radius"
     val_stride: int = 10
+    slab_negatives: float = 1.0
     shard_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
@@ -52,6 +56,7 @@ class Parameters:
         _require(self.edge in schema.EDGES, "edge", self.edge, " or ".join(schema.EDGES))
         _require(self.match in schema.MATCHES, "match", self.match, " or ".join(schema.MATCHES))
         _require(self.val_stride >= 2, "val_stride", self.val_stride, "2 or more")
+        _require(0 <= self.slab_negatives <= MAX_RATIO, "slab_negatives", self.slab_negatives, f"0 to {MAX_RATIO}")
         _require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 byte or more")
 
     def to_json(self) -> dict[str, Any]:

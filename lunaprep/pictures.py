@@ -36,6 +36,7 @@ Triple = tuple[float, float, float]
 Flips = tuple[bool, bool, bool]
 
 WINDOW_LOW, WINDOW_HIGH = -1350.0, 150.0  # HU; the lung window: level -600, width 1500
+LUNG = "#009e73"  # green
 NODULE, NEGATIVE = "#ffb000", "#56b4e9"  # orange and sky blue: told apart with any colour vision, and from grey
 BACKGROUND, TEXT, MUTED = "#101418", "#f0f0f0", "#a8b0b8"
 DPI = 100
@@ -92,6 +93,14 @@ def _draw_plane(axes: Axes, image: npt.ArrayLike, plane: str, spacing_irc: Tripl
     axes.imshow(pixels, "gray", interpolation=method, vmin=WINDOW_LOW, vmax=WINDOW_HIGH, extent=(x0, x1, y1, y0))
     axes.set_ylim((y0, y1) if (v == 0) != flips[v] else (y1, y0))
     axes.set_xlim((x1, x0) if flips[h] else (x0, x1))
+
+
+def _draw_outline(axes: Axes, mask: npt.ArrayLike, plane: str, spacing_irc: Triple, colour: str) -> None:
+    """Outline of a mask's plane (vertical, horizontal), over what `_draw_plane` drew."""
+    inside, (v, h) = np.asarray(mask), PLANES[plane]
+    if inside.any() and min(inside.shape) > 1:
+        y, x = np.arange(inside.shape[0]) * spacing_irc[v], np.arange(inside.shape[1]) * spacing_irc[h]
+        axes.contour(x, y, inside, [0.5], colors=[colour], linewidths=0.9)
 
 
 def _draw_scale(axes: Axes) -> None:
@@ -211,17 +220,20 @@ def draw_crop(
 
 @dataclass(frozen=True)
 class _SeriesView:
-    """A scan (slices, rows, columns; HU), its grid and candidates, and the axial slices shown."""
+    """A scan (slices, rows, columns; HU), its grid and candidates, the axial slices shown, and its masks by colour."""
 
     volume: Any
     spacing: Triple
     flip_irc: Flips | None
     candidates: pd.DataFrame
     chosen: list[int]
+    masks: dict[str, Any]
 
     def draw_slice(self, axes: Axes, index: int) -> None:
         """Draw an axial slice and the candidates it is nearest to; faint where they lie off it."""
         _draw_plane(axes, self.volume[index], "axial", self.spacing, self.flip_irc)
+        for colour, mask in self.masks.items():
+            _draw_outline(axes, mask[index], "axial", self.spacing, colour)
         away = np.abs(np.subtract.outer(self.candidates["index"].to_numpy(), self.chosen))
         here = self.candidates[np.array(self.chosen)[away.argmin(axis=1)] == index]
         others, places = here[~here["is_nodule"]], here[[*info.INDEX, "diameter_mm"]].to_numpy(dtype=np.float64)
@@ -247,8 +259,10 @@ class _SeriesView:
         """Draw the coronal or sagittal plane at `index`, nodules' sections, and ticks at the slices shown."""
         (v, h), spacing = PLANES[plane], self.spacing
         across = 3 - v - h
-        image = self.volume[:, index, :] if across == 1 else self.volume[:, :, index]
-        _draw_plane(axes, image, plane, spacing, self.flip_irc)
+        where = (slice(None), index) if across == 1 else (slice(None), slice(None), index)
+        _draw_plane(axes, self.volume[where], plane, spacing, self.flip_irc)
+        for colour, mask in self.masks.items():
+            _draw_outline(axes, mask[where], plane, spacing, colour)
         for values in info.nodules_by_size(self.candidates)[[*info.INDEX, "diameter_mm"]].to_numpy(dtype=np.float64):
             mm = values[:3] * spacing
             _draw_section(axes, mm[v], mm[h], values[3], mm[across] - index * spacing[across])
@@ -275,21 +289,29 @@ class _SeriesView:
             index = int(largest[info.INDEX[k]].iloc[0]) if len(largest) else self.volume.shape[k] // (1 + k)
             self.draw_long_plane(axes, plane, index)
             left += mm * scale + 6
-        _draw_legend(figure)
+        _draw_legend(figure, bool(self.masks))
         return figure
 
 
-def _draw_legend(figure: Figure) -> None:
+def _draw_legend(figure: Figure, has_masks: bool) -> None:
     """Key of the marks, in a line at the bottom."""
     square, cross = "nodule off this slice or of unknown diameter", "other candidate (faint: off this slice)"
     marks = (("o", NODULE, "nodule, diameter"), ("s", NODULE, square), ("x", NEGATIVE, cross))
     lines = [Line2D([], [], ls="", marker=m, color=c, mfc="none", ms=7, label=text) for m, c, text in marks]
-    figure.legend(handles=lines, loc="lower center", ncols=3, frameon=False, fontsize=9, labelcolor=MUTED)
+    outlines = ((LUNG, "lung"), (NODULE, "nodule mask")) if has_masks else ()
+    lines += [Line2D([], [], color=c, lw=1.5, label=text) for c, text in outlines]
+    figure.legend(handles=lines, loc="lower center", ncols=len(lines), frameon=False, fontsize=9, labelcolor=MUTED)
 
 
 @DEFAULT_STYLE
 def draw_series(
-    volume: Any, spacing_irc: Triple, candidates: pd.DataFrame, title: str, out: Path, flip_irc: Flips | None = None
+    volume: Any,
+    spacing_irc: Triple,
+    candidates: pd.DataFrame,
+    title: str,
+    out: Path,
+    flip_irc: Flips | None = None,
+    masks: tuple[Any, Any] | None = None,
 ) -> None:
     """Draw a scan: up to 12 axial slices with its candidates, and a coronal and a sagittal plane.
 
@@ -301,9 +323,12 @@ def draw_series(
         Rows of this scan, columns as in `schema.MANIFEST_COLUMNS`; each is drawn once, on the nearest slice shown.
     spacing_irc, title, out, flip_irc
         See the module.
+    masks : tuple of 2 arrays or h5py datasets, optional
+        The volume's nodule mask and lung mask, drawn as outlines.
     """
     chosen = info.chosen_slices(volume.shape[0], candidates)
-    _save(_SeriesView(volume, spacing_irc, flip_irc, candidates, chosen).figure(title), out)
+    outlined = dict(zip((NODULE, LUNG), masks or (), strict=False))
+    _save(_SeriesView(volume, spacing_irc, flip_irc, candidates, chosen, outlined).figure(title), out)
 
 
 @DEFAULT_STYLE
@@ -385,7 +410,11 @@ def series_picture(store: "Store", series_uid: str, out: Path) -> None:
     if not pd.isna(scan["volume_file"]):
         spacing, flips = info.grid_of(scan)
         with store.open_volume(uid) as volume:
-            draw_series(volume, spacing, candidates, text, out, flips)
+            if not store.has_masks(uid):
+                draw_series(volume, spacing, candidates, text, out, flips)
+                return
+            with store.open_masks(uid) as masks:
+                draw_series(volume, spacing, candidates, text, out, flips, masks)
         return
     order = np.argsort(~candidates["is_nodule"].to_numpy(), kind="stable")[:48]
     shown = f"No volume of this scan in the store (built with --no-volumes): its crops, {len(order)} of {len(rows)}"

@@ -1,6 +1,7 @@
 """Decide what a build has to do; nothing here writes, and no voxel is read.
 
-SourceData -> rows of the manifest, scan by scan -> shards -> for each: keep, check, build, or only add volumes.
+SourceData -> rows of the manifest and of the slabs, scan by scan -> shards -> for each: keep, check, build, or only
+add what it lacks (volumes, targets).
 """
 
 import os
@@ -15,13 +16,18 @@ import xxhash
 from lunaprep import schema
 from lunaprep.errors import ScanError
 from lunaprep.manifest import START, plan_rows
+from lunaprep.masks import MARGIN_MM, THRESHOLD_HU, TISSUE_HU, Nodule
 from lunaprep.parameters import Parameters
 from lunaprep.scans.open import open_scan
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_plan import ScanJob, ShardPlan
+from lunaprep.slabs import plan_slabs, scan_nodules, slab_order
 from lunaprep.sources.source import FoundScan, SourceData
 from lunaprep.store.files import digest
 from lunaprep.store.receipt import Receipt
+
+TARGETS_METHOD = 1
+"""Number of the way masks are made; a new one makes them all anew."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,23 @@ class FailedScan:
 class Plan:
     """Everything a build will do.
 
-    `rows` is the manifest as far as it is known now, in shard order, with a `unit` column (index in `shards`).
+    `rows` is the manifest as far as it is known now, in shard order, with a `unit` column (index in `shards`);
+    `slabs` is slabs.parquet in the same way.
     """
 
     source: SourceData
     parameters: Parameters
     dtype: str
     volumes: bool
+    targets: bool
     rows: pd.DataFrame
+    slabs: pd.DataFrame
     shards: tuple[ShardPlan, ...]
     failed: tuple[FailedScan, ...]
     outside: tuple[str, ...]
     num_absent: int
+    notes: tuple[str, ...] = ()
+    """A line for each lung mask that cannot be used, as far as known from its header."""
 
     @property
     def to_do(self) -> tuple[ShardPlan, ...]:
@@ -66,13 +77,16 @@ class Plan:
 
     @property
     def write_bytes(self) -> int:
-        """Bytes to write; volumes are taken at half their float32 size."""
+        """Bytes to write; volumes are taken at half their float32 size, their masks at a twentieth of a byte."""
         one = schema.crop_bytes(self.parameters.crop_shape, self.dtype)
-        crops = sum(shard.rows * one + schema.DATA_OFFSET for shard in self.to_do if shard.action == "build")
+        size = sum(shard.rows * one + schema.DATA_OFFSET for shard in self.to_do if shard.action == "build")
+        if self.targets:
+            slab = schema.crop_bytes(schema.SLAB_SHAPE, self.dtype) + schema.crop_bytes(schema.SLAB_SHAPE, "uint8")
+            size += sum(shard.num_slabs * slab + 2 * schema.DATA_OFFSET for shard in self.to_do)
         if not self.volumes:
-            return crops
+            return size
         voxels = sum(int(np.prod(job.scan.geometry.shape_irc)) for shard in self.to_do for job in shard.jobs)
-        return crops + 2 * voxels
+        return size + 2 * voxels + (voxels // 20 if self.targets else 0)
 
 
 def make_plan(
@@ -80,6 +94,7 @@ def make_plan(
     parameters: Parameters,
     *,
     volumes: bool = True,
+    targets: bool = True,
     limit: int | None = None,
 ) -> Plan:
     """Plan a build as if nothing were there yet; `decide` then takes what is finished into account.
@@ -92,6 +107,8 @@ def make_plan(
         What the user asked for.
     volumes : bool
         Whether volumes are wanted too.
+    targets : bool
+        Whether masks, lung boxes and slabs are wanted too.
     limit : int, optional
         Take the first so many scans only.
     """
@@ -103,31 +120,36 @@ def make_plan(
     dtype = _resolve_dtype(parameters, scans.values())
     one = schema.crop_bytes(parameters.crop_shape, dtype)
     listed = source.candidates["series_uid"].value_counts()
+    jobs_of, slabs, notes = _jobs(source, parameters, scans, rows)
     shards: list[ShardPlan] = []
-    members = rows.groupby("series_uid").indices
     for subset in sorted(set(subset_of.values())):
         # packed by what the tables list, so that a scan that fails does not move the others
         sizes = {uid: int(listed.get(uid, 0)) * one for uid in sorted(subset_of) if subset_of[uid] == subset}
         for number, uids in enumerate(pack(sizes, parameters.shard_bytes)):
-            jobs = tuple(_job(scans[uid], rows.iloc[members.get(uid, [])], parameters) for uid in uids if uid in scans)
+            jobs = tuple(jobs_of[uid] for uid in uids if uid in scans)
             if jobs:
                 place = f"subset{subset}-{number:03d}"
-                shards.append(ShardPlan(subset, number, jobs, _plan_key(parameters, dtype, jobs, place)))
+                keys = _plan_key(parameters, dtype, jobs, place), _slabs_key(parameters, dtype, jobs, place)
+                shards.append(ShardPlan(subset, number, jobs, *keys))
     unit_of = {job.scan.series_uid: unit for unit, shard in enumerate(shards) for job in shard.jobs}
     rows = rows.assign(unit=rows["series_uid"].map(unit_of).astype("int64"), subset=rows["series_uid"].map(subset_of))
     order = np.lexsort(
         [rows["candidate_id"], *(rows[name] for name in reversed(START)), rows["series_uid"], rows["unit"]]
     )
+    slabs = slabs.assign(unit=slabs["series_uid"].map(unit_of).astype("int64"))
     return Plan(
         source=source,
         parameters=parameters,
         dtype=dtype,
         volumes=volumes,
+        targets=targets,
         rows=rows.iloc[order].reset_index(drop=True),
+        slabs=slabs.iloc[slab_order(slabs, slabs["unit"].to_numpy())].reset_index(drop=True),
         shards=tuple(shards),
         failed=failed,
         outside=outside,
         num_absent=num_absent,
+        notes=notes,
     )
 
 
@@ -150,9 +172,7 @@ def decide(
     unchanged : callable
         Whether a scan's voxel file is known to have the given hash, without reading it.
     """
-    shards = tuple(
-        _decide_one(plan.volumes, shard, finished.get(shard.plan_key), is_there, unchanged) for shard in plan.shards
-    )
+    shards = tuple(_decide_one(plan, shard, finished.get(shard.plan_key), is_there, unchanged) for shard in plan.shards)
     return replace(plan, shards=shards)
 
 
@@ -196,11 +216,48 @@ def _resolve_dtype(parameters: Parameters, scans: Iterable[Scan]) -> str:
     return "int16" if all(scan.dtype.kind in "iu" for scan in scans) else "float32"
 
 
-def _job(scan: Scan, mine: pd.DataFrame, parameters: Parameters) -> ScanJob:
-    order = np.lexsort([mine["candidate_id"], *(mine[name] for name in reversed(START))])
-    starts = mine[list(START)].to_numpy(dtype=np.int64)[order]
-    key = {"hu": parameters.hu, "chunk": schema.VOLUME_CHUNK_IRC, "version": schema.FORMAT_VERSION}
-    return ScanJob(scan, starts, digest({**key, "header": scan.header_xxh3, "bytes": scan.data_bytes}))
+def _jobs(
+    source: SourceData, parameters: Parameters, scans: Mapping[str, Scan], rows: pd.DataFrame
+) -> tuple[dict[str, ScanJob], pd.DataFrame, tuple[str, ...]]:
+    """What is to be done with each scan, the rows of all slabs, and a line for each lung mask that is of no use."""
+    nodules = scan_nodules(source.annotations, scans)
+    slabs = plan_slabs(source, parameters, scans, nodules, rows)
+    lungs, notes = _open_lungs(source.lungs, scans)
+    members, slabs_of = rows.groupby("series_uid").indices, slabs.groupby("series_uid").indices
+    jobs = {}
+    for uid, scan in scans.items():
+        mine, my_slabs = rows.iloc[members.get(uid, [])], slabs.iloc[slabs_of.get(uid, [])]
+        order = np.lexsort([mine["candidate_id"], *(mine[name] for name in reversed(START))])
+        source_key = {"header": scan.header_xxh3, "bytes": scan.data_bytes, "version": schema.FORMAT_VERSION}
+        jobs[uid] = ScanJob(
+            scan=scan,
+            starts=mine[list(START)].to_numpy(dtype=np.int64)[order],
+            slab_starts=my_slabs[list(START)].to_numpy(dtype=np.int64)[slab_order(my_slabs, np.zeros(len(my_slabs)))],
+            nodules=tuple(nodules[uid].values()),
+            lungs=lungs.get(uid),
+            volume_key=digest({**source_key, "hu": parameters.hu, "chunk": schema.VOLUME_CHUNK_IRC}),
+            targets_key=_targets_key(source_key, nodules[uid].values(), lungs.get(uid)),
+        )
+    return jobs, slabs, notes
+
+
+def _open_lungs(folder: Path | None, scans: Mapping[str, Scan]) -> tuple[dict[str, Scan], tuple[str, ...]]:
+    lungs, notes = {}, []
+    for uid in scans if folder else ():
+        path = Path(folder or "") / f"{uid}.mhd"
+        try:
+            if path.exists():
+                lungs[uid] = open_scan(path, path.parent)
+        except ScanError as error:
+            notes.append(f"{error}; the lungs of {uid} are computed")
+    return lungs, tuple(notes)
+
+
+def _targets_key(source_key: Mapping[str, object], nodules: Iterable[Nodule], lungs: Scan | None) -> str:
+    rules = {"method": TARGETS_METHOD, "hu": [THRESHOLD_HU, TISSUE_HU], "margin": MARGIN_MM}
+    places = [[*nodule.center_irc, nodule.diameter_mm] for nodule in nodules]
+    given = [lungs.header_xxh3, lungs.data_bytes] if lungs else None
+    return digest({**source_key, **rules, "nodules": places, "lungs": given})
 
 
 def _plan_key(parameters: Parameters, dtype: str, jobs: Sequence[ScanJob], place: str) -> str:
@@ -225,8 +282,14 @@ def _plan_key(parameters: Parameters, dtype: str, jobs: Sequence[ScanJob], place
     )
 
 
+def _slabs_key(parameters: Parameters, dtype: str, jobs: Sequence[ScanJob], place: str) -> str:
+    starts = [xxhash.xxh3_128_hexdigest(job.slab_starts.astype("<i8").tobytes()) for job in jobs]
+    scans = [[job.scan.series_uid, job.targets_key, at] for job, at in zip(jobs, starts, strict=True)]
+    return digest({"place": place, "shape": schema.SLAB_SHAPE, "hu": parameters.hu, "dtype": dtype, "scans": scans})
+
+
 def _decide_one(
-    volumes: bool,
+    plan: Plan,
     shard: ShardPlan,
     receipt: Receipt | None,
     is_there: Callable[[Receipt], bool],
@@ -239,15 +302,14 @@ def _decide_one(
     if any(scan.retry for scan in receipt.scans):
         return replace(shard, why="a scan failed for a passing reason")
     done = receipt.scan_by_uid
-    short = [
-        job
-        for job in shard.jobs
-        if (record := done[job.scan.series_uid]).status == "ok"
-        and (record.volume is None or record.volume.key != job.volume_key)
-    ]
-    if volumes and short:
-        return replace(shard, action="volumes", why=f"{len(short)} volumes to add", receipt=receipt)
+    short = shard.short_jobs(receipt, plan.volumes, plan.targets)
+    lacks = [f"{len(short)} volumes"] if short else []
+    lacks += [] if shard.slabs_fit(receipt, plan.targets) else ["slabs"]
+    if lacks:
+        return replace(shard, action="add", why=f"{' and '.join(lacks)} to add or bring up to date", receipt=receipt)
     same = all(unchanged(job.scan, str(done[job.scan.series_uid].data_xxh3)) for job in shard.jobs)
+    given = [(job.lungs, done[job.scan.series_uid].lungs) for job in shard.jobs]
+    same &= all(unchanged(lungs, said.given_xxh3) for lungs, said in given if lungs and said and said.given_xxh3)
     if same:
         return replace(shard, action="keep", why="finished", receipt=receipt)
     return replace(shard, action="check", why="its scans were touched", receipt=receipt)

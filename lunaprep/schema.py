@@ -15,6 +15,9 @@ SCANS_FILE = "scans.parquet"
 FRONT_DOOR_FILE = "crops.h5"
 SHARDS_DIR = "crops"
 VOLUMES_DIR = "volumes"
+SLABS_FILE = "slabs.parquet"
+SLAB_DOOR_FILE = "slabs.h5"
+SLABS_DIR = "slabs"
 WORK_DIR = ".build"
 """Lock, half-written files and notes of the builder; not part of the store, may be deleted when idle."""
 
@@ -24,19 +27,34 @@ LIBVER = ("v110", "v110")
 CROPS_DATASET = "crops"
 """In a shard and in the front door: (n, slices, rows, columns), one chunk a crop, no filter."""
 
+SLABS_DATASET = "slabs"
+"""In a shard of slabs/ and in slabs.h5: (n, *SLAB_SHAPE), laid out as crops are."""
+
+MASKS_DATASET = "masks"
+"""In a shard of masks beside it, and in slabs.h5: (n, *SLAB_SHAPE) uint8, 1 in a nodule."""
+
+SLAB_SHAPE = (7, 96, 96)
+"""Slices, rows, columns of a slab: a slice to segment, three more on either side, and room for random crops."""
+
 DATA_OFFSET = 4096
 """Byte at which a shard's first crop begins; all crops follow in row order without a gap."""
 
 HU_DATASET = "hu"
 """In a volume file: (slices, rows, columns) float32, HU, clipped; shuffle + deflate."""
 
+NODULE_MASK_DATASET = "nodule_mask"
+LUNG_MASK_DATASET = "lung_mask"
+"""In a volume file, where made: uint8 beside /hu, of its shape and chunks, deflate; 1 in a nodule, in a lung."""
+
+VOLUME_DATASETS = (HU_DATASET, NODULE_MASK_DATASET, LUNG_MASK_DATASET)
+
 VOLUME_CHUNK_IRC = (8, 128, 128)
 """Largest chunk of a volume: 512 KiB of float32; cut down to the scan where the scan is smaller."""
 
 CROP_DTYPES = ("int16", "float32")
 
-FILL = {"int16": -32768, "float32": float("nan")}
-"""What the front door shows for the crops of a missing shard."""
+FILL = {"int16": -32768, "float32": float("nan"), "uint8": 255}
+"""What the front door shows for the crops, slabs or masks of a missing shard."""
 
 EDGES = ("shift", "pad")
 MATCHES = ("radius", "book")
@@ -105,17 +123,55 @@ SCAN_COLUMNS = (
     Column("volume_file", "string", True, "its volume, relative to the store"),
     Column("volume_bytes", "int64", True, "size of that file"),
     Column("volume_sha256", "string", True, "SHA-256 of that file"),
-    Column("volume_chunk_xxh3", "list<uint64>", True, "XXH3-64 of each stored chunk, in row-major order"),
+    Column(
+        "volume_chunk_xxh3",
+        "list<uint64>",
+        True,
+        "XXH3-64 of each stored chunk, in row-major order; of /hu, then where made of /nodule_mask and /lung_mask",
+    ),
     Column("lung_box", "list<int32>", True, "lung bounding box, start and stop irc, where made"),
 )
 
 
+SLAB_COLUMNS = (
+    Column("series_uid", "string", False, "series the slab lies in"),
+    Column("patient_id", "string", True, "patient of the series, where known"),
+    Column("subset", "int16", False, "number of the subset folder the scan lies in"),
+    Column("fold", "int16", False, "cross-validation fold; LUNA16's subset"),
+    Column("annotation_id", "int64", True, "row of the annotations file, from 0, of its nodule; null for a negative"),
+    Column(
+        "candidate_id", "int64", True, "row of the candidates file, from 0, of a negative, or of the nodule's first"
+    ),
+    Column("x_mm", "float64", False, "centre of the nodule or the candidate, world, mm, LPS"),
+    Column("y_mm", "float64", False, "centre of the nodule or the candidate, world, mm, LPS"),
+    Column("z_mm", "float64", False, "centre of the nodule or the candidate, world, mm, LPS"),
+    Column("index", "int32", False, "slice the slab was put around: one that the nodule meets, or the candidate's"),
+    Column("row", "int32", False, "row of the voxel nearest to the centre"),
+    Column("col", "int32", False, "column of the voxel nearest to the centre"),
+    Column("start_index", "int32", False, "first slice of the slab; negative where it is padded"),
+    Column("start_row", "int32", False, "first row of the slab; negative where it is padded"),
+    Column("start_col", "int32", False, "first column of the slab; negative where it is padded"),
+    Column("is_padded", "bool", False, "whether part of the slab lies outside the scan (lower HU bound, no nodule)"),
+    Column("is_positive", "bool", False, "whether the slab's middle slice has nodule voxels"),
+    Column("diameter_mm", "float64", False, "diameter of its nodule, mm; NaN where there is none"),
+    Column("num_mask_voxels", "int32", False, "nodule voxels in the slab's middle slice"),
+    Column("split_series", "string", False, "train or val; a patient's scans stay together"),
+    Column("split_candidate", "string", False, "its candidate's in crops.parquet; without one, split_series"),
+    Column("shard_id", "string", False, "shard that holds the slab and its mask"),
+    Column("shard_row", "int32", False, "row of the slab, and of its mask, in the shard"),
+    Column("xxh3", "uint64", False, "XXH3-64 of the slab's stored bytes"),
+    Column("mask_xxh3", "uint64", False, "XXH3-64 of the mask's stored bytes"),
+)
+
+ITEM_BYTES = {"uint8": 1, "int16": 2, "float32": 4}
+
+
 def crop_bytes(crop_shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of one crop."""
+    """Bytes of one crop, slab or mask."""
     size = 1
     for side in crop_shape:
         size *= side
-    return size * (2 if dtype == "int16" else 4)
+    return size * ITEM_BYTES[dtype]
 
 
 def volume_chunk(shape_irc: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ class TrainConfig:
     target : str
         Column of the manifest to learn, true or false.
     split : str
-        ``series``, ``candidate`` or ``fold:K``.
+        ``series``, ``candidate``, ``fold:K``, or ``all``: nothing is held out.
     model : str
         See `lunatrain.models`.
     epochs, samples : int

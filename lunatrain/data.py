@@ -24,7 +24,7 @@ from lunatrain.mapping import CropMap, Rows, aligned_empty
 
 Deliver = Literal["stored", "int16", "float32"]
 
-TORCH_DTYPES = {"int16": torch.int16, "float32": torch.float32}
+TORCH_DTYPES = {"int16": torch.int16, "float32": torch.float32, "uint8": torch.uint8}
 BATCH_SIZE = 256
 PREFETCH = 2
 ASKERS = 2

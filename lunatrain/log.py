@@ -18,6 +18,7 @@ class RunLog:
 
     def __init__(self, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
+        self.run = run
         self._path = run / METRICS_FILE
         self._board = _summary_writer(run)
 
@@ -42,6 +43,18 @@ class RunLog:
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{name}/{part}", value, samples)
+
+    def draw_picture(self, name: str, samples: int, image: npt.NDArray[np.uint8], png: bytes) -> None:
+        """Note a picture: as an image (R, C, 3) in TensorBoard, as a file with its captions in the run's folder."""
+        self.write_picture(f"{name}/{samples:09d}.png", png)
+        if self._board is not None:
+            self._board.add_image(name, image, samples, dataformats="HWC")
+
+    def write_picture(self, name: str, png: bytes) -> None:
+        """Write a PNG file into the run's folder; one of the same name is replaced."""
+        path = self.run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
 
     def draw_scores(self, samples: int, labels: npt.NDArray[np.int64], probability: npt.NDArray[np.float64]) -> None:
         """Note the precision-recall curve and the histograms of both classes of the validation part."""

@@ -40,6 +40,8 @@ class Progress:
     samples: int = 0
     best: float = -1.0
     best_epoch: int = -1
+    best_figures: dict[str, float] = field(default_factory=dict)
+    """The validation of the best epoch."""
     sums: dict[str, float] = field(default_factory=dict)
 
 
@@ -211,6 +213,7 @@ def _end_epoch(trainer: Trainer, log: RunLog | None) -> None:
     is_best = progress.best_epoch < 0 or score > progress.best
     if is_best:
         progress.best, progress.best_epoch = score, progress.epoch
+        progress.best_figures = dict(validation.figures)
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
     _save(trainer, LAST)
     if is_best:

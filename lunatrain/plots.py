@@ -76,7 +76,7 @@ def roc_png(curve: RocCurve, auc: float, at: tuple[float, float], theme: Theme =
     _draw_threshold(axes, at, theme)
     axes.set(xlabel="false positive rate", ylabel="recall")
     _finish_unit_square(axes, theme, "lower right", np.isnan(auc))
-    return _png(figure)
+    return png_of(figure)
 
 
 @PLAIN_STYLE
@@ -93,7 +93,7 @@ def precision_recall_png(
     _draw_threshold(axes, at, theme)
     axes.set(xlabel="recall", ylabel="precision")
     _finish_unit_square(axes, theme, "lower left", np.isnan(average))
-    return _png(figure)
+    return png_of(figure)
 
 
 @PLAIN_STYLE
@@ -112,7 +112,7 @@ def froc_png(result: FrocResult, theme: Theme = LIGHT) -> bytes:
     axes.set_xticks(RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     axes.set(xlim=(RATES[0], RATES[-1]), ylim=(0, 1.02), xlabel="false positives per scan", ylabel="sensitivity")
     _finish(axes, theme, "lower right", bool(np.isnan(result.cpm)))
-    return _png(figure)
+    return png_of(figure)
 
 
 @PLAIN_STYLE
@@ -127,7 +127,7 @@ def calibration_png(bins: Sequence[CalibrationBin], theme: Theme = LIGHT) -> byt
     axes.scatter(x, y, s=sizes, color=theme.first, zorder=3, clip_on=False, label="crops in ten bins")
     axes.set(xlabel="mean probability", ylabel="share of positives")
     _finish_unit_square(axes, theme, "upper left", not filled)
-    return _png(figure)
+    return png_of(figure)
 
 
 @PLAIN_STYLE
@@ -153,13 +153,15 @@ def scores_png(
     axes.set(xlim=(0, 1), ylim=(0.7, None), xlabel="probability", ylabel="crops")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _finish(axes, theme, "upper center")
-    return _png(figure)
+    return png_of(figure)
 
 
 @PLAIN_STYLE
-def training_png(curves: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) -> bytes:
-    """Draw the lines of metrics.jsonl (see `lunatrain.log`) against samples seen, train and val."""
-    panels = _panels(curves)
+def training_png(
+    curves: Sequence[Mapping[str, Any]], theme: Theme = LIGHT, panels: Mapping[str, tuple[str, ...]] | None = None
+) -> bytes:
+    """Draw the lines of metrics.jsonl (see `lunatrain.log`) against samples seen; `panels` as `PANELS`."""
+    panels = _panels(curves) if panels is None else panels
     num_rows = max(1, -(-len(panels) // 3))
     figure = Figure(figsize=(11.4, 3.1 * num_rows), dpi=DPI, layout="constrained", facecolor=theme.background)
     for k, (title, names) in enumerate(panels.items()):
@@ -173,7 +175,7 @@ def training_png(curves: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) -> b
         axes.xaxis.set_major_formatter(_short_number)
         axes.locator_params(axis="x", nbins=5)
         _finish(axes, theme, "best")
-    return _png(figure)
+    return png_of(figure)
 
 
 @PLAIN_STYLE
@@ -214,7 +216,7 @@ def montage_png(
         axes.spines[:].set(color=colour, linewidth=1.6)
         style: dict[str, Any] = {"size": 7, "color": DARK.text, "va": "top", "linespacing": 1.25}
         axes.text(0, -0.035, _plain(text), transform=axes.transAxes, **style)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _figure(theme: Theme) -> tuple[Figure, Axes]:
@@ -284,7 +286,7 @@ def _plain(text: str) -> str:
     return "".join(c if c in "\n−–…" or (c.isprintable() and ord(c) < 256) else "?" for c in text)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     """PNG that tells nothing of the time or the library."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ Part = Literal["train", "val", "all"]
 PARTS = ("train", "val", "all")
 SPLIT_COLUMNS = {"series": "split_series", "candidate": "split_candidate"}
 FOLD_PREFIX = "fold:"
+WHOLE = "all"
 WINDOW_SHARDS = 4
 
 
@@ -30,8 +31,8 @@ def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None
     manifest : DataFrame
         crops.parquet.
     split : str
-        'series' (a patient's scans stay together), 'candidate' (as the book; leaks), or 'fold:K' (LUNA16's
-        cross-validation: fold K is val, the others are train).
+        'series' (a patient's scans stay together), 'candidate' (as the book; leaks), 'fold:K' (LUNA16's
+        cross-validation: fold K is val, the others are train), or 'all' (every part is the whole: nothing is held out).
     part : {'train', 'val', 'all'}
         Part of the split.
     label : str, optional
@@ -50,8 +51,10 @@ def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None
     if part not in PARTS:
         message = f"part must be one of {', '.join(PARTS)}, got {part!r}"
         raise UsageError(message)
-    is_val = _is_val(manifest, split)
-    chosen = {"train": ~is_val, "val": is_val, "all": np.ones(len(manifest), dtype=np.bool_)}[part]
+    is_val = _is_val(manifest, split) if split != WHOLE else None
+    chosen = np.ones(len(manifest), dtype=np.bool_)
+    if is_val is not None and part != "all":
+        chosen = is_val if part == "val" else ~is_val
     rows = np.flatnonzero(chosen).astype(np.int64)
     if not len(rows):
         message = (
@@ -281,7 +284,7 @@ def _is_val(manifest: pd.DataFrame, split: str) -> npt.NDArray[np.bool_]:
         return (manifest[SPLIT_COLUMNS[split]] == "val").to_numpy(dtype=np.bool_)
     number = split.removeprefix(FOLD_PREFIX)
     if number == split or not number.isdecimal():
-        message = f"split must be series, candidate or fold:K, got {split!r}"
+        message = f"split must be series, candidate, fold:K or all, got {split!r}"
         raise UsageError(message)
     is_val = (manifest["fold"] == int(number)).to_numpy(dtype=np.bool_)
     if not is_val.any():

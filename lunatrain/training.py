@@ -231,6 +231,9 @@ def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.M
         return model, {"config": {}, "progress": {}, "store_id": None}
     state = load_checkpoint(path).state
     args = state["model_args"]
+    if "crop_shape" not in args:
+        message = f"{path} is no classifier but a segmentation. Name a run of 'lunatrain cls' or 'mal'"
+        raise CheckpointError(message)
     if tuple(args["crop_shape"]) != crop_shape:
         message = (
             f"{path} was trained on crops {tuple(args['crop_shape'])}, the store has {crop_shape}. Take another store"

@@ -23,4 +23,5 @@ def fill(text: str, marker: str, columns: Sequence[schema.Column]) -> str:
 
 if __name__ == "__main__":
     page = fill(PAGE.read_text(), "manifest", schema.MANIFEST_COLUMNS)
+    page = fill(page, "slabs", schema.SLAB_COLUMNS)
     PAGE.write_text(fill(page, "scans", schema.SCAN_COLUMNS))

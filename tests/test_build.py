@@ -191,20 +191,39 @@ def test_a_second_build_changes_nothing(data: Path, tmp_path: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*") if ".build" not in p.parts}
 
 
-def test_another_label_touches_the_manifest_alone(data: Path, tmp_path: Path) -> None:
-    make(data, tmp_path / "s")
-    shards = stamps(tmp_path / "s", "crops/*") | stamps(tmp_path / "s", "volumes/*/*")
+def enlarge_first_nodule(data: Path) -> str:
     path = data / "annotations.csv"
     lines = path.read_text().splitlines()
     uid, x, y, z, _ = lines[1].split(",")
     lines[1] = f"{uid},{x},{y},{z},29.5"
     path.write_text("\n".join(lines) + "\n")
-    account = make(data, tmp_path / "s")
+    return uid
+
+
+def test_another_label_touches_the_manifest_alone(data: Path, tmp_path: Path) -> None:
+    make(data, tmp_path / "s", targets=False)
+    shards = stamps(tmp_path / "s", "crops/*") | stamps(tmp_path / "s", "volumes/*/*")
+    enlarge_first_nodule(data)
+    account = make(data, tmp_path / "s", targets=False)
     assert account.scans_built == 0
     assert any("annotations.csv" in change for change in account.changes)
     assert shards == stamps(tmp_path / "s", "crops/*") | stamps(tmp_path / "s", "volumes/*/*")
     assert lunaprep.open_store(tmp_path / "s").manifest["diameter_mm"].max() == 29.5
     assert verify_store(tmp_path / "s").ok
+
+
+def test_another_label_touches_no_crop_and_the_targets_of_its_scan_alone(data: Path, tmp_path: Path) -> None:
+    make(data, tmp_path / "s")
+    crops, volumes, slabs = (stamps(tmp_path / "s", at) for at in ("crops/*.h5", "volumes/*/*", "slabs/*"))
+    uid = enlarge_first_nodule(data)
+    account = make(data, tmp_path / "s")
+    assert (account.scans_built, account.crops_built) == (1, 0)
+    assert crops == stamps(tmp_path / "s", "crops/*.h5")
+    assert {name for name, _ in volumes.items() ^ stamps(tmp_path / "s", "volumes/*/*").items()} == {f"{uid}.h5"}
+    assert len(slabs.items() - stamps(tmp_path / "s", "slabs/*").items()) == 2  # a shard of slabs, and its masks
+    assert verify_store(tmp_path / "s", "source", data).ok
+    make(data, tmp_path / "fresh")
+    assert files_of(tmp_path / "s") == files_of(tmp_path / "fresh")
 
 
 def test_a_changed_scan_is_built_again_and_no_other(data: Path, tmp_path: Path) -> None:
@@ -237,6 +256,7 @@ def test_a_touched_scan_is_only_read_and_found_unchanged(data: Path, tmp_path: P
     [
         ("crop_shape", (16, 32, 32), True, False),
         ("hu", (-800, 400), True, True),
+        ("slab_negatives", 3.0, False, False),
         ("dtype", "float32", True, False),
         ("edge", "pad", True, False),
         ("match", "book", False, False),
@@ -411,7 +431,7 @@ def test_a_full_disk_exits_5_and_the_same_command_goes_on(data: Path, built_stor
 
 KILLER = """
 import os, signal
-import lunaprep.shard_work as work
+import lunaprep.scan_pass as work
 inner = work.iter_slabs
 def iter_slabs(scan, *rest):
     if scan.series_uid == os.environ.get("KILL_AT"):

@@ -26,7 +26,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 def test_every_column_and_key_of_the_format_is_documented() -> None:
     text = (ROOT / "docs/format.md").read_text()
-    for column in (*schema.MANIFEST_COLUMNS, *schema.SCAN_COLUMNS):
+    for column in (*schema.MANIFEST_COLUMNS, *schema.SCAN_COLUMNS, *schema.SLAB_COLUMNS):
         assert f"| `{column.name}` |" in text, f"docs/format.md lacks {column.name}; run 'make docs'"
         assert column.doc in text
 

@@ -80,8 +80,9 @@ def test_counts(store):
         "nodules": 5,
         "annotations": 3,
         "padded_crops": 1,
+        "scans_with_lungs": 0,
     }
-    assert figures["bytes"] == {"crops": 7 * 32 * 48 * 48 * 2, "volumes": 2000}
+    assert figures["bytes"] == {"crops": 7 * 32 * 48 * 48 * 2, "volumes": 2000, "slabs": 0}
     assert figures["by_class"] == {"nodule": 5, "other": 2}
     assert figures["malignancy"] == {"malignant": 2, "benign": 1, "unknown": 2}
     assert figures["failed"] == [{"series_uid": UID + "444444", "subset": 5, "reason": "too\nshort"}]

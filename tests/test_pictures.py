@@ -91,6 +91,9 @@ class FakeStore(SimpleNamespace):
     def open_volume(self, series_uid):
         yield ball(SHAPE, (15, 50, 20), 12.0)
 
+    def has_masks(self, series_uid):
+        return False
+
 
 def make_store(**columns: Any) -> Any:
     scan = {"series_uid": UID, "patient_id": "P1", "subset": 0, "status": "ok", "reason": None, "volume_file": "v.h5"}

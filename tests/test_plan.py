@@ -18,7 +18,7 @@ from lunaprep.parameters import Parameters, parameters_from_json
 from lunaprep.plan import Plan, decide, make_plan, pack
 from lunaprep.scans.scan import Scan
 from lunaprep.sources.source import FoundScan, SourceData
-from lunaprep.store.receipt import Receipt, ScanRecord, VolumeRecord
+from lunaprep.store.receipt import Receipt, ScanRecord, SlabRecord, VolumeRecord
 
 ROOT = Path("/nowhere")
 SHAPE = (40, 64, 64)
@@ -209,7 +209,7 @@ def test_no_usable_scan_is_an_empty_plan(scans):
 def test_dtype_auto_is_int16_only_where_every_scan_holds_integers(scans, kinds, asked, expected):
     for uid, kind in zip("ab", kinds, strict=True):
         scans[uid] = fake_scan(uid, kind)
-    plan = make_plan(source_of({"a": 0, "b": 0}, table(ROWS[:18])), replace(SMALL, dtype=asked))
+    plan = make_plan(source_of({"a": 0, "b": 0}, table(ROWS[:18])), replace(SMALL, dtype=asked), targets=False)
     assert plan.dtype == expected
     one = 8**3 * (2 if expected == "int16" else 4)
     assert plan.write_bytes == sum(shard.rows * one + 4096 for shard in plan.shards) + 2 * 2 * int(np.prod(SHAPE))
@@ -245,10 +245,11 @@ def receipt_for(plan: Plan, unit: int = 0, **changes) -> Receipt:
     shard = plan.shards[unit]
     records = []
     for job in shard.jobs:
-        volume = VolumeRecord(f"volumes/{job.scan.series_uid}.h5", 9, "f", job.volume_key, ())
+        volume = VolumeRecord(f"volumes/{job.scan.series_uid}.h5", 9, "f", job.volume_key, (), job.targets_key)
         record = ScanRecord(job.scan.series_uid, "ok", data_bytes=1, data_xxh3="same", volume=volume)
         records.append(replace(record, **changes))
-    return Receipt(shard.plan_key, shard.name + "-x", "crops/x.h5", shard.rows, 1, "f", (), tuple(records))
+    slabs = SlabRecord(shard.slabs_key, shard.name + "-y", shard.num_slabs, "slabs/y.h5", 1, "f", "slabs/m.h5", 1, "f")
+    return Receipt(shard.plan_key, shard.name + "-x", "crops/x.h5", shard.rows, 1, "f", (), tuple(records), slabs)
 
 
 @pytest.fixture
@@ -297,13 +298,29 @@ def test_scan_that_failed_for_good_is_not_tried_again_and_wants_no_volume(plan):
 
 def test_missing_volumes_are_added_where_volumes_are_wanted(plan):
     bare = receipt_for(plan, volume=None)
-    assert decided(plan, bare) == ["volumes", "build"]
+    assert decided(plan, bare) == ["add", "build"]
     assert decided(replace(plan, volumes=False), bare) == ["keep", "build"]
 
 
 def test_volume_made_with_other_parameters_is_made_again(plan):
     old = VolumeRecord("volumes/a.h5", 9, "f", "another key", ())
-    assert decided(plan, receipt_for(plan, volume=old)) == ["volumes", "build"]
+    assert decided(plan, receipt_for(plan, volume=old)) == ["add", "build"]
+
+
+def test_missing_and_outdated_targets_are_added_where_targets_are_wanted(plan):
+    finished = receipt_for(plan)
+    job = plan.shards[0].jobs[0]
+    bare = VolumeRecord("volumes/a.h5", 9, "f", job.volume_key, ())
+    stale = replace(bare, masks_key="of other annotations")
+    without = replace(plan, targets=False)
+    for receipt, wanted, not_wanted in (
+        (replace(finished, slabs=None), "add", "keep"),
+        (replace(finished, slabs=replace(finished.slabs, key="other")), "add", "add"),
+        (replace(finished, scans=(replace(finished.scans[0], volume=bare), *finished.scans[1:])), "add", "keep"),
+        (replace(finished, scans=(replace(finished.scans[0], volume=stale), *finished.scans[1:])), "add", "add"),
+    ):
+        assert decided(plan, receipt)[0] == wanted
+        assert decided(without, receipt)[0] == not_wanted
 
 
 def test_receipt_that_does_not_know_a_scan_of_its_shard_is_not_trusted(plan):

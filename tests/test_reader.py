@@ -18,7 +18,7 @@ from lunaprep.geometry import IDENTITY, Geometry
 from lunaprep.schema import MANIFEST_COLUMNS, SCAN_COLUMNS
 from lunaprep.store.commit import build_lock
 from lunaprep.store.files import canonical_json
-from lunaprep.store.front_door import front_door_bytes
+from lunaprep.store.front_door import Rows, front_door_bytes
 from lunaprep.store.reader import open_store
 from lunaprep.store.record import make_record, read_record, store_id_of
 from lunaprep.store.shard import ShardWriter, shard_header
@@ -63,6 +63,10 @@ def scans(volume: dict | None) -> pd.DataFrame:
     return pd.DataFrame(rows, dtype=object)
 
 
+def front_door(shards: list[tuple[str, int]], dtype: str, store_id: str) -> bytes:
+    return front_door_bytes([Rows("crops", shards, CROP, dtype)], "crops.parquet", store_id)
+
+
 def make_store(out: Path, dtype: str = "int16") -> Path:
     """A small store, by the writers."""
     crops = all_crops(dtype)
@@ -93,7 +97,7 @@ def make_store(out: Path, dtype: str = "int16") -> Path:
     (out / "crops.parquet").write_bytes(table_bytes(manifest(), MANIFEST_COLUMNS))
     (out / "scans.parquet").write_bytes(table_bytes(scans(facts), SCAN_COLUMNS))
     store_id = store_id_of({}, shards, {})
-    door = front_door_bytes([(s["file"], s["rows"]) for s in shards if s["file"]], CROP, dtype, store_id)
+    door = front_door([(s["file"], s["rows"]) for s in shards if s["file"]], dtype, store_id)
     (out / "crops.h5").write_bytes(door)
     content = {
         "store_id": store_id,
@@ -244,13 +248,13 @@ def test_missing_shard_shows_as_fill_in_the_front_door(tmp_path):
 
 
 def test_front_door_is_the_same_bytes_twice():
-    args = ([("crops/a.h5", 3), ("crops/b.h5", 2)], CROP, "float32", "0" * 16)
-    assert front_door_bytes(*args) == front_door_bytes(*args)
+    args = ([("crops/a.h5", 3), ("crops/b.h5", 2)], "float32", "0" * 16)
+    assert front_door(*args) == front_door(*args)
 
 
 @pytest.mark.parametrize("shards", [[("crops/a.h5", 3)], []], ids=str)
 def test_front_door_does_not_hold_the_time_of_day(shards):
-    data = front_door_bytes(shards, CROP, "int16", "0" * 16)
+    data = front_door(shards, "int16", "0" * 16)
     now = int(time.time())
     assert not any(second.to_bytes(4, "little") in data for second in range(now - 5, now + 2))
 

@@ -25,17 +25,21 @@ CANDIDATES = ("candidates_V2.csv", "candidates.csv")
 ANNOTATIONS = "annotations.csv"
 MALIGNANCY = "annotations_with_malignancy.csv"
 PATIENTS = ("patients.csv", "luna16_series_to_lidc_patient.csv")
+LUNGS = "seg-lungs-LUNA16"
+"""LUNA16's own masks of the lungs, a file a scan."""
+
 _SUBSET = re.compile(r"subset([0-9]{1,4})")
 
 
 @dataclass(frozen=True)
 class TablePaths:
-    """Tables named by the user; None means the usual name in the data folder."""
+    """Tables, and the lung masks' folder, named by the user; None means the usual name in the data folder."""
 
     candidates: Path | None = None
     annotations: Path | None = None
     malignancy: Path | None = None
     patients: Path | None = None
+    lungs: Path | None = None
 
 
 def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -> SourceData:
@@ -78,6 +82,10 @@ def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -
         patients |= mapping
         files.append(input_file("patients", patients_path))
         faults += more
+    lungs = tables.lungs or (root / LUNGS if (root / LUNGS).is_dir() else None)
+    if lungs is not None and not lungs.is_dir():
+        message = f"{lungs}: no such folder; give the folder that holds a UID.mhd for each scan, or leave --lungs out"
+        raise UsageError(message)
     return SourceData(
         root=root,
         subsets=tuple(folders),
@@ -88,6 +96,7 @@ def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -
         patients=patients,
         files=tuple(files),
         faults=_once(faults),
+        lungs=lungs,
     )
 
 

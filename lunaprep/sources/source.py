@@ -56,3 +56,5 @@ class SourceData:
     patients: dict[str, str]
     files: tuple[InputFile, ...]
     faults: tuple[RowFault, ...]
+    lungs: Path | None = None
+    """Folder with masks of the lungs, each named as its scan."""

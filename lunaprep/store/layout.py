@@ -13,7 +13,9 @@ from lunaprep.errors import StoreError
 ADVICE = "Don't trust it; delete it and run 'lunaprep build' again"
 
 
-def check_shard(path: Path, rows: int, crop_shape: tuple[int, ...], dtype: str) -> None:
+def check_shard(
+    path: Path, rows: int, crop_shape: tuple[int, ...], dtype: str, dataset: str = schema.CROPS_DATASET
+) -> None:
     """Refuse a shard that is not one run of `rows` crops behind `DATA_OFFSET` bytes, and nothing else.
 
     Raises
@@ -27,7 +29,7 @@ def check_shard(path: Path, rows: int, crop_shape: tuple[int, ...], dtype: str) 
         message = f"{path.name} has {size} bytes, expected {expected}: it is cut or changed. {ADVICE}"
         raise StoreError(message)
     with open_h5(path) as h5:
-        crops = plain_dataset(path, h5, schema.CROPS_DATASET)
+        crops = plain_dataset(path, h5, dataset)
         _require(path, "shape", crops.shape, (rows, *crop_shape))
         _require(path, "dtype", crops.dtype, np.dtype(dtype).newbyteorder("<"))
         _require(path, "chunks", crops.chunks, (1, *crop_shape))

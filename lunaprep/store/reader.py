@@ -39,7 +39,7 @@ def open_store(path: str | Path) -> "Store":
     Parameters
     ----------
     path : str or Path
-        The store's folder, or its crops.h5.
+        The store's folder, or its crops.h5 or slabs.h5.
 
     Returns
     -------
@@ -59,12 +59,12 @@ def open_store(path: str | Path) -> "Store":
     (8, 32, 48, 48)
     """
     folder = Path(path)
-    if folder.name == schema.FRONT_DOOR_FILE:
+    if folder.name in (schema.FRONT_DOOR_FILE, schema.SLAB_DOOR_FILE):
         folder = folder.parent
     recover_if_idle(folder)
     record = read_record(folder)
     shards = tuple(_shard_file(folder, record, shard) for shard in record["shards"] if shard["file"])
-    return Store(folder, record, shards)
+    return Store(folder, record, shards, *_slab_files(folder, record))
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ class Store:
     record: dict[str, Any]
     shards: tuple[ShardFile, ...]
     """All shards that hold crops, in manifest order."""
+
+    slab_shards: tuple[ShardFile, ...] = ()
+    """All shards of slabs, in the order of `slabs`; none where the store was built without targets."""
+
+    slab_mask_shards: tuple[ShardFile, ...] = ()
+    """The masks of the same slabs, uint8, row by row alike."""
 
     def __len__(self) -> int:
         return int(self.record["counts"]["crops"])
@@ -109,6 +115,35 @@ class Store:
     def scans(self) -> pd.DataFrame:
         """scans.parquet: a row per scan, columns as `schema.SCAN_COLUMNS`."""
         return read_table(self._file(schema.SCANS_FILE), schema.SCAN_COLUMNS)
+
+    @property
+    def has_slabs(self) -> bool:
+        """Whether the store was built with targets."""
+        return "slabs" in self.record
+
+    @property
+    def slab_shape(self) -> tuple[int, int, int]:
+        """Slices, rows, columns of a slab."""
+        return schema.SLAB_SHAPE
+
+    @cached_property
+    def slabs(self) -> pd.DataFrame:
+        """slabs.parquet: a row per slab, columns as `schema.SLAB_COLUMNS`.
+
+        Raises
+        ------
+        StoreError
+            The store has none, or the table is damaged.
+        """
+        if not self.has_slabs:
+            message = f"{self.path} has no slabs. Run 'lunaprep build' on it once more, without --no-targets"
+            raise StoreError(message)
+        frame = read_table(self._file(schema.SLABS_FILE), schema.SLAB_COLUMNS)
+        expected = self.record["slabs"]["shape"][0]
+        if len(frame) != expected:
+            message = f"{schema.SLABS_FILE} has {len(frame)} rows, expected {expected}. Run 'lunaprep verify'"
+            raise StoreError(message)
+        return frame
 
     def crops(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]] | pd.Index) -> npt.NDArray[np.float32]:
         """Crops by row of the manifest.
@@ -154,19 +189,8 @@ class Store:
         StoreError
             The store has no volume of this series, or the file is not one.
         """
-        scans = self.scans[self.scans["series_uid"] == series_uid]
-        if scans.empty or pd.isna(scans["volume_file"].iloc[0]):
-            message = f"the store has no volume of series {series_uid}. Build it with volumes"
-            raise StoreError(message)
-        scan = scans.iloc[0]
-        path = self._file(str(scan["volume_file"]))
-        with open_h5(path) as file:
-            hu = plain_dataset(path, file, schema.HU_DATASET)
-            shape = tuple(int(scan[name]) for name in ("num_slices", "num_rows", "num_cols"))
-            if hu.shape != shape or hu.dtype != np.dtype("<f4"):
-                message = f"{path.name} holds {hu.dtype} {hu.shape}, expected float32 {shape}. {ADVICE}"
-                raise StoreError(message)
-            yield hu
+        with self._open_volume(series_uid) as (path, file, shape):
+            yield _volume_dataset(path, file, schema.HU_DATASET, shape, "float32")
 
     def volume(self, series_uid: str) -> npt.NDArray[np.float32]:
         """A scan's whole volume, (slices, rows, columns) float32, HU.
@@ -178,6 +202,51 @@ class Store:
         """
         with self.open_volume(series_uid) as hu:
             return np.asarray(hu[...], dtype=np.float32)
+
+    def has_masks(self, series_uid: str) -> bool:
+        """Whether a scan's volume, which must be there, has masks."""
+        with self._open_volume(series_uid) as (_, file, _):
+            return schema.NODULE_MASK_DATASET in file and schema.LUNG_MASK_DATASET in file
+
+    @contextmanager
+    def open_masks(self, series_uid: str) -> Iterator[tuple[Any, Any]]:
+        """Open a scan's masks: nodules and lungs, h5py datasets (slices, rows, columns) uint8, 1 inside.
+
+        Raises
+        ------
+        StoreError
+            The store has no volume of this series, it has no masks, or the file is not one.
+        """
+        with self._open_volume(series_uid) as (path, file, shape):
+            names = (schema.NODULE_MASK_DATASET, schema.LUNG_MASK_DATASET)
+            if any(name not in file for name in names):
+                message = f"the store has no masks of series {series_uid}. Build it with targets and volumes"
+                raise StoreError(message)
+            nodules, lungs = (_volume_dataset(path, file, name, shape, "uint8") for name in names)
+            yield nodules, lungs
+
+    def masks(self, series_uid: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """A scan's nodule mask and lung mask, (slices, rows, columns) uint8, 1 inside.
+
+        Raises
+        ------
+        StoreError
+            As `open_masks`.
+        """
+        with self.open_masks(series_uid) as (nodules, lungs):
+            return np.asarray(nodules[...]), np.asarray(lungs[...])
+
+    @contextmanager
+    def _open_volume(self, series_uid: str) -> Iterator[tuple[Path, Any, tuple[int, ...]]]:
+        """Path, open file and shape of a scan's volume."""
+        scans = self.scans[self.scans["series_uid"] == series_uid]
+        if scans.empty or pd.isna(scans["volume_file"].iloc[0]):
+            message = f"the store has no volume of series {series_uid}. Build it with volumes"
+            raise StoreError(message)
+        scan = scans.iloc[0]
+        path = self._file(str(scan["volume_file"]))
+        with open_h5(path) as file:
+            yield path, file, tuple(int(scan[name]) for name in ("num_slices", "num_rows", "num_cols"))
 
     @cached_property
     def _first_rows(self) -> npt.NDArray[np.int64]:
@@ -200,6 +269,29 @@ class Store:
 
     def _file(self, name: str) -> Path:
         return inside(self.path, name)
+
+
+def _volume_dataset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+    dataset = plain_dataset(path, file, name)
+    if dataset.shape != shape or dataset.dtype != np.dtype(dtype).newbyteorder("<"):
+        message = f"{path.name} holds {dataset.dtype} {dataset.shape}, expected {dtype} {shape}. {ADVICE}"
+        raise StoreError(message)
+    return dataset
+
+
+def _slab_files(folder: Path, record: dict[str, Any]) -> tuple[tuple[ShardFile, ...], tuple[ShardFile, ...]]:
+    """Shards of the slabs and of their masks, each known to be laid out as the format says."""
+    slabs: list[ShardFile] = []
+    masks: list[ShardFile] = []
+    for shard in record["slabs"]["shards"] if "slabs" in record else ():
+        for key, dataset, dtype, files in (
+            ("file", schema.SLABS_DATASET, record["slabs"]["dtype"], slabs),
+            ("mask_file", schema.MASKS_DATASET, "uint8", masks),
+        ):
+            path = inside(folder, shard[key])
+            check_shard(path, shard["rows"], schema.SLAB_SHAPE, dtype, dataset)
+            files.append(ShardFile(shard["id"], path, schema.DATA_OFFSET, shard["rows"]))
+    return tuple(slabs), tuple(masks)
 
 
 def _shard_file(folder: Path, record: dict[str, Any], shard: dict[str, Any]) -> ShardFile:

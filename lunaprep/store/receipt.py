@@ -17,6 +17,38 @@ class VolumeRecord:
     sha256: str
     key: str
     chunk_xxh3: tuple[str, ...]
+    masks_key: str | None = None
+    """Fingerprint of what the masks in it were made from; None where it has none."""
+
+
+@dataclass(frozen=True)
+class LungRecord:
+    """Where the lungs of a scan lie (start and stop, slice row column; None: none found), and who said so."""
+
+    box: tuple[int, ...] | None
+    given_xxh3: str | None = None
+    """XXH3-128 of the voxel file of the mask that was given; None where the lungs were computed."""
+    note: str | None = None
+    """Why a given mask was not taken."""
+
+
+@dataclass(frozen=True)
+class SlabRecord:
+    """The slabs of a work unit and their masks, row by row alike; files are None where there is no row."""
+
+    key: str
+    shard_id: str
+    rows: int
+    file: str | None
+    bytes: int
+    sha256: str | None
+    mask_file: str | None
+    mask_bytes: int
+    mask_sha256: str | None
+    slab_xxh3: tuple[str, ...] = ()
+    mask_xxh3: tuple[str, ...] = ()
+    mask_voxels: tuple[int, ...] = ()
+    """Nodule voxels in the middle slice of each."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +66,7 @@ class ScanRecord:
     clipped_share: float | None = None
     num_crops: int = 0
     volume: VolumeRecord | None = None
+    lungs: LungRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +81,7 @@ class Receipt:
     sha256: str | None
     crop_xxh3: tuple[str, ...]
     scans: tuple[ScanRecord, ...]
+    slabs: SlabRecord | None = None
 
     @property
     def scan_by_uid(self) -> dict[str, ScanRecord]:
@@ -55,9 +89,17 @@ class Receipt:
         return {scan.series_uid: scan for scan in self.scans}
 
 
+OPTIONAL = ("slabs", "lungs", "masks_key")
+"""Left out where None: a store without targets has the bytes it had before there were any."""
+
+
 def receipt_bytes(receipt: Receipt) -> bytes:
     """The receipt's file."""
-    return canonical_json(asdict(receipt))
+    return canonical_json(asdict(receipt, dict_factory=_without_optional))
+
+
+def _without_optional(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value is not None or key not in OPTIONAL}
 
 
 def receipt_from_bytes(data: bytes) -> Receipt | None:
@@ -65,7 +107,8 @@ def receipt_from_bytes(data: bytes) -> Receipt | None:
     try:
         value = json.loads(data)
         scans = tuple(_scan(scan) for scan in value.pop("scans"))
-        receipt = Receipt(**{**value, "crop_xxh3": tuple(value["crop_xxh3"]), "scans": scans})
+        slabs = _slabs(value.pop("slabs", None))
+        receipt = Receipt(**{**value, "crop_xxh3": tuple(value["crop_xxh3"]), "scans": scans, "slabs": slabs})
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return receipt if receipt_bytes(receipt) == data and receipt.rows == len(receipt.crop_xxh3) else None
@@ -83,4 +126,18 @@ def _scan(value: dict[str, Any]) -> ScanRecord:
     volume = value.pop("volume")
     if volume is not None:
         volume = VolumeRecord(**{**volume, "chunk_xxh3": tuple(volume["chunk_xxh3"])})
-    return ScanRecord(**value, volume=volume)
+    lungs = value.pop("lungs", None)
+    if lungs is not None:
+        lungs = LungRecord(**{**lungs, "box": lungs["box"] and tuple(lungs["box"])})
+    return ScanRecord(**value, volume=volume, lungs=lungs)
+
+
+def _slabs(value: dict[str, Any] | None) -> SlabRecord | None:
+    if value is None:
+        return None
+    lists = {name: tuple(value[name]) for name in ("slab_xxh3", "mask_xxh3", "mask_voxels")}
+    slabs = SlabRecord(**{**value, **lists})
+    if not slabs.rows == len(slabs.slab_xxh3) == len(slabs.mask_xxh3) == len(slabs.mask_voxels):
+        message = "lists of other lengths than rows"
+        raise ValueError(message)
+    return slabs

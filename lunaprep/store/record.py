@@ -81,9 +81,28 @@ def _fault_of(value: dict[str, Any]) -> str | None:
     rows = sum(shard["rows"] for shard in shards)
     if not rows == shape[0] == counts.get("crops"):
         return f"shards hold {rows} crops, crops.shape says {shape[0]}, counts.crops {counts.get('crops')!r:.40}"
+    if "slabs" in value and (fault := _slab_fault(value["slabs"])):
+        return fault
     texts = isinstance(value.get("store_id"), str) and isinstance(value.get("parameters"), dict)
     lists = isinstance(value.get("inputs"), list) and isinstance(value.get("files"), list)
     return None if texts and lists else "store_id, parameters, inputs or files is missing"
+
+
+def _slab_fault(slabs: object) -> str | None:
+    """What in the optional part on slabs cannot be."""
+    if not (isinstance(slabs, dict) and isinstance(slabs.get("shards"), list)):
+        return "slabs or its shards is missing"
+    if slabs.get("dtype") not in schema.CROP_DTYPES:
+        return f"slabs.dtype is {slabs.get('dtype')!r:.40}, expected one of {', '.join(schema.CROP_DTYPES)}"
+    shape = slabs.get("shape")
+    if not (isinstance(shape, list) and shape[1:] == list(schema.SLAB_SHAPE) and _is_count(shape[0])):
+        return f"slabs.shape is {shape!r:.60}, expected slabs of {schema.SLAB_SHAPE}"
+    for shard in slabs["shards"]:
+        texts = isinstance(shard, dict) and all(isinstance(shard.get(key), str) for key in ("id", "file", "mask_file"))
+        if not (texts and all(_is_count(shard.get(key)) for key in ("rows", "bytes", "mask_bytes")) and shard["rows"]):
+            return "an entry of slabs.shards lacks id, a file, rows or bytes"
+    rows = sum(shard["rows"] for shard in slabs["shards"])
+    return None if rows == shape[0] else f"slabs.shards hold {rows} slabs, slabs.shape says {shape[0]}"
 
 
 def _is_count(value: object) -> bool:

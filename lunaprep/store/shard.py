@@ -61,7 +61,9 @@ class _HeaderFile:
         pass
 
 
-def shard_header(num_rows: int, crop_shape: tuple[int, int, int], dtype: str) -> bytes:
+def shard_header(
+    num_rows: int, crop_shape: tuple[int, int, int], dtype: str, dataset: str = schema.CROPS_DATASET
+) -> bytes:
     """The `DATA_OFFSET` bytes that make a run of crops an HDF5 file with one chunked dataset.
 
     Parameters
@@ -70,8 +72,10 @@ def shard_header(num_rows: int, crop_shape: tuple[int, int, int], dtype: str) ->
         Crops in the shard, at least 1.
     crop_shape : tuple of 3 int
         Slices, rows, columns of a crop.
-    dtype : {"int16", "float32"}
+    dtype : {"int16", "float32", "uint8"}
         Stored type, little-endian.
+    dataset : str
+        Name of the dataset.
     """
     file = _HeaderFile()
     with h5py.File(file, "w", libver=schema.LIBVER, alignment_threshold=1024, alignment_interval=4096) as h5:
@@ -82,7 +86,7 @@ def shard_header(num_rows: int, crop_shape: tuple[int, int, int], dtype: str) ->
         plist.set_obj_track_times(False)
         space = h5py.h5s.create_simple((num_rows, *crop_shape))
         type_id = h5py.h5t.py_create(np.dtype(dtype).newbyteorder("<"))
-        h5py.h5d.create(h5.id, schema.CROPS_DATASET.encode(), type_id, space, plist)
+        h5py.h5d.create(h5.id, dataset.encode(), type_id, space, plist)
     expected = schema.DATA_OFFSET + num_rows * schema.crop_bytes(crop_shape, dtype)
     assert file.size == expected, f"HDF5 laid the shard out over {file.size} bytes, not {expected}"
     return bytes(file.header)
@@ -97,18 +101,26 @@ class ShardWriter:
         Temporary name, on the same file system as the shard's final one.
     num_rows : int
         Crops expected; the space is reserved, so that a full disk is met before the work.
-    crop_shape, dtype
+    crop_shape, dtype, dataset
         As in `shard_header`.
     """
 
-    def __init__(self, partial: Path, num_rows: int, crop_shape: tuple[int, int, int], dtype: str) -> None:
+    def __init__(
+        self,
+        partial: Path,
+        num_rows: int,
+        crop_shape: tuple[int, int, int],
+        dtype: str,
+        dataset: str = schema.CROPS_DATASET,
+    ) -> None:
         self.partial = partial
         self.crop_shape = crop_shape
         self.dtype = dtype
+        self._dataset = dataset
         self.crop_xxh3: list[str] = []
         self._crop_bytes = schema.crop_bytes(crop_shape, dtype)
         # the hash of the file as planned grows with the crops; a scan that fails spoils it, see `finish`
-        self._header = shard_header(num_rows, crop_shape, dtype)
+        self._header = shard_header(num_rows, crop_shape, dtype, dataset)
         self._planned = num_rows
         self._sha256: Any = hashlib.sha256(self._header)
         self._fd = open_partial(partial)
@@ -153,7 +165,9 @@ class ShardWriter:
     def finish(self) -> tuple[int, str]:
         """Write the header and flush to the disk; return the file's size and SHA-256."""
         is_planned = self.num_rows == self._planned
-        header = self._header if is_planned else shard_header(self.num_rows, self.crop_shape, self.dtype)
+        header = self._header
+        if not is_planned:
+            header = shard_header(self.num_rows, self.crop_shape, self.dtype, self._dataset)
         size = schema.DATA_OFFSET + self.num_rows * self._crop_bytes
         try:
             write_all(self._fd, header, 0)

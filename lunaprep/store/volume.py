@@ -1,4 +1,4 @@
-"""A volume: one clipped scan as /hu, float32, shuffled and deflated by a fast encoder.
+"""A volume: one clipped scan as /hu, float32, and its masks, shuffled and deflated by a fast encoder.
 
 The filters are HDF5's own, so any HDF5 program reads the file; only the encoder is another (ISA-L, about
 eight times zlib's speed). The chunks are compressed here and handed to HDF5 as they are.
@@ -79,8 +79,80 @@ class _DiskFile:
         self._fd = -1
 
 
+class _Layers:
+    """One dataset of a volume, written a layer of chunks at a time as its slices come."""
+
+    def __init__(self, h5: Any, name: str, shape: tuple[int, int, int], dtype: str) -> None:
+        self.chunk_xxh3: list[str] = []
+        self._shape = shape
+        self._chunk = schema.volume_chunk(shape)
+        self._is_shuffled = np.dtype(dtype).itemsize > 1
+        self.dataset: Any = h5.create_dataset(
+            name,
+            shape=shape,
+            dtype=dtype,
+            chunks=self._chunk,
+            shuffle=self._is_shuffled,
+            compression="gzip",
+            compression_opts=DEFLATE_LEVEL,
+            track_times=False,
+        )
+        self.num_written = 0
+        self._filled = 0
+        self._layer = np.zeros((self._chunk[0], *shape[1:]), dtype=dtype)
+        self._block = np.zeros(self._chunk, dtype=dtype)
+        self._planes = np.zeros((4, *self._chunk) if self._is_shuffled else (), dtype=np.uint8)
+        self._blank = b""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all slices were written."""
+        return self.num_written == self._shape[0]
+
+    def append(self, slab: npt.NDArray[Any]) -> None:
+        """Add the next slices."""
+        while len(slab):
+            taken = slab[: len(self._layer) - self._filled]
+            self._layer[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            slab = slab[len(taken) :]
+            if self._filled == len(self._layer) or self.num_written + self._filled == self._shape[0]:
+                self._write_layer()
+
+    def _write_layer(self) -> None:
+        """Compress and write one layer of chunks."""
+        self._layer[self._filled :] = 0
+        _, height, width = self._chunk
+        for row in range(0, self._shape[1], height):
+            for col in range(0, self._shape[2], width):
+                data = self._encode(self._layer[:, row : row + height, col : col + width])
+                self.chunk_xxh3.append(xxhash.xxh3_64_hexdigest(data))
+                self.dataset.id.write_direct_chunk((self.num_written, row, col), data)
+        self.num_written += self._filled
+        self._filled = 0
+
+    def _encode(self, part: npt.NDArray[Any]) -> bytes:
+        """Deflate the bytes of one chunk; of floats all first bytes, then all second bytes, ..."""
+        if part.shape != self._chunk:
+            self._block.fill(0)
+        self._block[: part.shape[0], : part.shape[1], : part.shape[2]] = part
+        if not self._is_shuffled:
+            return self._encode_mask()
+        bits = self._block.view("<u4")
+        for plane in range(4):  # shifting is half again as fast as copying every fourth byte
+            np.right_shift(bits, 8 * plane, out=self._planes[plane], casting="unsafe")
+        return bytes(isal_zlib.compress(self._planes, DEFLATE_LEVEL))
+
+    def _encode_mask(self) -> bytes:
+        """Most chunks of a mask are empty: those are compressed once."""
+        if self._block.any():
+            return bytes(isal_zlib.compress(self._block, DEFLATE_LEVEL))
+        self._blank = self._blank or bytes(isal_zlib.compress(self._block, DEFLATE_LEVEL))
+        return self._blank
+
+
 class VolumeWriter:
-    """Write one scan slab by slab, in slice order; `finish` makes the file whole.
+    """Write one scan slab by slab, in slice order, then its masks; `finish` makes the file whole.
 
     Parameters
     ----------
@@ -94,32 +166,17 @@ class VolumeWriter:
 
     def __init__(self, partial: Path, series_uid: str, geometry: Geometry) -> None:
         self.partial = partial
-        self.chunk_xxh3: list[str] = []
         self._shape = geometry.shape_irc
-        self._chunk = schema.volume_chunk(self._shape)
         self._file = _DiskFile(partial)
         self._h5: Any = h5py.File(self._file, "w", libver=schema.LIBVER)
         self._h5.attrs["format"] = np.bytes_(schema.FORMAT)
         self._h5.attrs["version"] = np.int64(schema.FORMAT_VERSION)
         self._h5.attrs["series_uid"] = np.bytes_(series_uid)
-        self._hu = self._h5.create_dataset(
-            schema.HU_DATASET,
-            shape=self._shape,
-            dtype="<f4",
-            chunks=self._chunk,
-            shuffle=True,
-            compression="gzip",
-            compression_opts=DEFLATE_LEVEL,
-            track_times=False,
-        )
+        self._layers = {schema.HU_DATASET: _Layers(self._h5, schema.HU_DATASET, self._shape, "<f4")}
         for name in ("origin", "spacing", "direction"):
-            self._hu.attrs[name] = np.array(getattr(geometry, name), dtype="<f8")
+            hu = self._layers[schema.HU_DATASET].dataset
+            hu.attrs[name] = np.array(getattr(geometry, name), dtype="<f8")
         self._is_finished = False
-        self._next = 0
-        self._filled = 0
-        self._layer = np.zeros((self._chunk[0], *self._shape[1:]), dtype="<f4")
-        self._block = np.zeros(self._chunk, dtype="<f4")
-        self._planes = np.zeros((4, *self._chunk), dtype=np.uint8)
 
     def __enter__(self) -> "VolumeWriter":
         return self
@@ -128,38 +185,23 @@ class VolumeWriter:
         if not self._is_finished:
             self.discard()
 
+    @property
+    def chunk_xxh3(self) -> list[str]:
+        """XXH3-64 of each stored chunk, dataset after dataset."""
+        return [digest for layers in self._layers.values() for digest in layers.chunk_xxh3]
+
     def append(self, slab: npt.NDArray[Any]) -> None:
         """Add the next (k, rows, columns) slices, clipped HU."""
-        while len(slab):
-            taken = slab[: len(self._layer) - self._filled]
-            self._layer[self._filled : self._filled + len(taken)] = taken
-            self._filled += len(taken)
-            slab = slab[len(taken) :]
-            if self._filled == len(self._layer) or self._next + self._filled == self._shape[0]:
-                self._write_layer()
-
-    def _write_layer(self) -> None:
-        """Compress and write one layer of chunks."""
-        self._layer[self._filled :] = 0
-        _, height, width = self._chunk
-        for row in range(0, self._shape[1], height):
-            for col in range(0, self._shape[2], width):
-                data = self._encode(self._layer[:, row : row + height, col : col + width])
-                self.chunk_xxh3.append(xxhash.xxh3_64_hexdigest(data))
-                self._hu.id.write_direct_chunk((self._next, row, col), data)
-        self._next += self._filled
-        self._filled = 0
+        self._layers[schema.HU_DATASET].append(slab)
         self._check()
 
-    def _encode(self, part: npt.NDArray[np.float32]) -> bytes:
-        """Shuffle (all first bytes, then all second bytes, ...) and deflate the bytes of one chunk."""
-        if part.shape != self._chunk:
-            self._block.fill(0)
-        self._block[: part.shape[0], : part.shape[1], : part.shape[2]] = part
-        bits = self._block.view("<u4")
-        for plane in range(4):  # shifting is half again as fast as copying every fourth byte
-            np.right_shift(bits, 8 * plane, out=self._planes[plane], casting="unsafe")
-        return bytes(isal_zlib.compress(self._planes, DEFLATE_LEVEL))
+    def append_mask(self, name: str, slab: npt.NDArray[np.uint8]) -> None:
+        """Add the next (k, rows, columns) slices of the mask of this name, after all of the scan's."""
+        assert self._layers[schema.HU_DATASET].is_full
+        if name not in self._layers:
+            self._layers[name] = _Layers(self._h5, name, self._shape, "u1")
+        self._layers[name].append(slab)
+        self._check()
 
     def _check(self) -> None:
         error = self._file.error
@@ -170,7 +212,8 @@ class VolumeWriter:
 
     def finish(self) -> tuple[int, str]:
         """Close and flush to the disk; return the file's size and SHA-256."""
-        assert self._next == self._shape[0], f"{self._next} of {self._shape[0]} slices were written"
+        for layers in self._layers.values():
+            assert layers.is_full, f"{layers.num_written} of {self._shape[0]} slices were written"
         self._h5.close()
         self._check()
         try:

@@ -17,7 +17,7 @@ symlink               a symbolic link on the way to it
 path-escapes          a recorded path leads out of the store
 wrong-size            cut short or longer (the crops lost are named)
 unreadable            the system can't open or read it
-extra-file            (warning) a file below crops/ or volumes/ that no record names
+extra-file            (warning) a file below crops/, slabs/ or volumes/ that no record names
 not-checked           (warning) what an unreadable table would have told of
 table-unreadable      pyarrow can't read a table, or a page checksum is wrong
 table-schema          its columns or metadata aren't the format's
@@ -31,7 +31,7 @@ duplicate-candidate   a candidate_id stands twice
 unknown-series        a row's series isn't among the good scans
 unknown-shard         a row's shard isn't in store.json
 hdf5-unreadable       HDF5 can't open it
-hdf5-object           other objects than the one dataset
+hdf5-object           other objects than the format's datasets
 hdf5-link             a soft or external link
 hdf5-layout           virtual, external, contiguous or shifted by a user block
 hdf5-filter           other filters than the format's
@@ -42,11 +42,13 @@ hdf5-offset           crops aren't where they are mapped
 hdf5-mapping          the front door maps other files than the shards
 hdf5-attribute        an attribute is missing, wrong or one too many
 wrong-sha256          a file's bytes were changed
-crop-damaged          a crop's bytes were changed (shard, row, series, candidate)
-crop-misplaced        a crop stands in another's place
+crop-damaged          the bytes of a crop, a slab or its mask were changed (shard, row, series, candidate)
+crop-misplaced        one stands in another's place
 file-misplaced        a shard holds the bytes of another
 header-damaged        bytes outside the crops or chunks were changed
-chunk-damaged         a chunk of a volume was changed (slices)
+chunk-damaged         a chunk of a volume or of its masks was changed (slices)
+mask-value            a mask holds something else than 0 and 1
+mask-differs          a mask isn't what the tables, or the same mask elsewhere, say
 manifest-differs      the manifest's checksum of a crop is wrong, the crop isn't
 receipt-differs       a receipt and the other records disagree
 source-missing        (warning) a scan isn't in the data folder
@@ -54,7 +56,7 @@ source-changed        a scan's voxels were changed since the build
 source-unreadable     a scan can't be read, or isn't let near SimpleITK
 geometry-differs      scans.parquet and SimpleITK disagree on a grid
 index-differs         the centre voxel isn't SimpleITK's
-crop-differs          a crop isn't what is cut from its scan
+crop-differs          a crop or slab isn't what is cut from its scan
 volume-differs        a volume isn't its scan, clipped
 ===================== ==========================================================================================
 """

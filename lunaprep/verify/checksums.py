@@ -16,7 +16,7 @@ from lunaprep.verify.findings import MOST_ALIKE, Findings
 from lunaprep.verify.hashing import Hashes, Meter, hash_file, hash_shard
 from lunaprep.verify.places import BadFileError, read_whole
 from lunaprep.verify.record import Record, ShardRecord, check_canonical, parse_json
-from lunaprep.verify.structure import stored_chunks
+from lunaprep.verify.structure import datasets_of, stored_chunks
 from lunaprep.verify.tables import Manifest
 
 MOST_THREADS = 4
@@ -28,9 +28,10 @@ Digests = npt.NDArray[np.uint64]
 
 @dataclass
 class Witnesses:
-    """What the manifest and the receipt say of one shard's crops."""
+    """What a table and a receipt say of the crops, slabs or masks of one shard."""
 
     shard: ShardRecord
+    receipt: str = ""
     first: int = 0
     manifest: Manifest | None = None
     in_manifest: Digests | None = None
@@ -91,6 +92,7 @@ def check_receipts(
             "bytes": shard.bytes,
             "sha256": shard.sha256,
         }
+        _check_slabs_of(record, shard, receipt, found)
         for key, value in said.items():
             if receipt.get(key) != value:
                 message = f"{key} is {receipt.get(key)!r:.80}, store.json has {value!r:.80}"
@@ -116,21 +118,69 @@ def _entry_problem(entry: dict[str, Any], scan: dict[str, Any] | None) -> str | 
         got = volume.get(key) if isinstance(volume, dict) else None
         if got != scan[f"volume_{key}"]:
             return f"volume {key} is {got!r:.80}, scans.parquet has {scan[f'volume_{key}']!r:.80}"
+    lungs = entry.get("lungs")
+    box = lungs.get("box") if isinstance(lungs, dict) else None
+    if box != scan["lung_box"]:
+        return f"the box of its lungs is {box!r:.80}, scans.parquet has {scan['lung_box']!r:.80}"
     return None
 
 
-def witnesses(record: Record, manifest: Manifest | None, receipts: dict[str, dict[str, Any]]) -> list[Witnesses]:
+def _check_slabs_of(record: Record, shard: ShardRecord, receipt: dict[str, Any], found: Findings) -> None:
+    """Hold what a receipt says of slabs against store.json."""
+    said = slabs_of(receipt)
+    by_id = {s.id: (s, m) for s, m in zip(record.slabs or (), record.masks, strict=True)}
+    if said is None or not said.get("rows"):
+        return
+    pair = by_id.get(str(said["shard_id"]))
+    if pair is None:
+        message = f"store.json has no shard {said['shard_id']!r:.80} of slabs"
+        found.error("receipt-differs", shard.receipt, message, shard_id=shard.id)
+        return
+    for one, prefix in zip(pair, ("", "mask_"), strict=True):
+        for key in ("file", "bytes", "sha256"):
+            got, expected = said.get(f"{prefix}{key}"), getattr(one, key)
+            if got != expected:
+                message = f"slabs: {prefix}{key} is {got!r:.80}, store.json has {expected!r:.80}"
+                found.error("receipt-differs", shard.receipt, message, shard_id=shard.id)
+
+
+def witnesses(
+    record: Record, manifest: Manifest | None, slabs: Manifest | None, receipts: dict[str, dict[str, Any]]
+) -> list[Witnesses]:
     """What is known of each shard's crops; a table whose rows aren't the shards' rows knows nothing."""
+    places = {shard.id: shard.receipt for shard in record.shards}
+    said = {str(s["shard_id"]): (places[k], s) for k, r in receipts.items() if (s := slabs_of(r)) is not None}
+    known = _witnesses(
+        record.shards_with_file, manifest, "xxh3", {k: (places[k], r) for k, r in receipts.items()}, "crop_"
+    )
+    known += _witnesses(record.slabs or (), slabs, "xxh3", said, "slab_")
+    return known + _witnesses(record.masks, slabs, "mask_xxh3", said, "mask_", "mask_")
+
+
+def slabs_of(receipt: dict[str, Any]) -> dict[str, Any] | None:
+    """Part of a receipt on slabs, if it has one."""
+    slabs = receipt.get("slabs")
+    return slabs if isinstance(slabs, dict) and isinstance(slabs.get("shard_id"), str) else None
+
+
+def _witnesses(
+    shards: Iterable[ShardRecord],
+    table: Manifest | None,
+    column: str,
+    receipts: dict[str, tuple[str, dict[str, Any]]],
+    list_of: str,
+    file_of: str = "",
+) -> list[Witnesses]:
     known: list[Witnesses] = []
     first = 0
-    for shard in record.shards_with_file:
-        witness = Witnesses(shard, first)
+    for shard in shards:
+        place, receipt = receipts.get(shard.id, ("", {}))
+        witness = Witnesses(shard, place, first)
         rows = slice(first, first + shard.rows)
-        if manifest is not None and _is_run_of(manifest, shard, rows):
-            witness.manifest, witness.in_manifest = manifest, manifest.numbers["xxh3"][rows]
-        receipt = receipts.get(shard.id, {})
-        witness.in_receipt = _digests(receipt.get("crop_xxh3"), shard.rows)
-        witness.receipt_sha256 = receipt.get("sha256")
+        if table is not None and _is_run_of(table, shard, rows):
+            witness.manifest, witness.in_manifest = table, table.numbers[column][rows]
+        witness.in_receipt = _digests(receipt.get(f"{list_of}xxh3"), shard.rows)
+        witness.receipt_sha256 = receipt.get(f"{file_of}sha256")
         known.append(witness)
         first += shard.rows
     return known
@@ -151,16 +201,16 @@ def _digests(texts: object, rows: int) -> Digests | None:
         return None
 
 
-def check_shards(store: Path, record: Record, known: list[Witnesses], meter: Meter, found: Findings) -> None:
+def check_shards(store: Path, known: list[Witnesses], meter: Meter, found: Findings) -> None:
     """Hash every shard and name each crop that isn't what the manifest and the receipt say."""
-    hashed = list(_in_threads(lambda w: hash_shard(store, str(w.shard.file), record.crop_bytes, meter), known))
-    owner = {w.shard.sha256: w.shard.id for w in known}
+    hashed = list(_in_threads(lambda w: hash_shard(store, str(w.shard.file), w.shard.crop_bytes, meter), known))
+    owner = {w.shard.sha256: w.shard.file for w in known}
     for witness, got in zip(known, hashed, strict=True):
         shard, place = witness.shard, str(witness.shard.file)
         if got.problem is not None:
             _check_whole(got, place, "", found)
         elif got.sha256 != shard.sha256 and got.sha256 in owner:
-            message = f"holds the bytes of shard {owner[got.sha256]}: the files were swapped or copied"
+            message = f"holds the bytes of {owner[got.sha256]}: the files were swapped or copied"
             found.error("file-misplaced", place, message, shard_id=shard.id)
         else:
             _check_crops(witness, got, found)
@@ -181,8 +231,8 @@ def _check_crops(witness: Witnesses, got: Hashes, found: Findings) -> None:
     wrong = np.zeros_like(known[0]) if intact else np.logical_and.reduce(known)
     _tell_crops(witness, crops, wrong, found)
     for mask, digests, code, place in (
-        (off[0], said[0], "manifest-differs", schema.MANIFEST_FILE),
-        (off[1], said[1], "receipt-differs", shard.receipt),
+        (off[0], said[0], "manifest-differs", witness.manifest.place if witness.manifest else ""),
+        (off[1], said[1], "receipt-differs", witness.receipt),
     ):
         if mask is not None and digests is not None:
             for row in np.flatnonzero(mask & ~wrong).tolist():
@@ -233,9 +283,11 @@ def check_volumes(store: Path, scans: Iterable[dict[str, Any]], meter: Meter, fo
 def _name_chunks(store: Path, scan: dict[str, Any], found: Findings) -> None:
     place, uid, expected = scan["volume_file"], scan["series_uid"], scan["volume_chunk_xxh3"]
     try:
+        names = datasets_of(scan)
         chunks = [
-            (first, shape, xxhash.xxh3_64_intdigest(raw))
-            for first, shape, raw in stored_chunks(store, place, schema.HU_DATASET)
+            (name, first, shape, xxhash.xxh3_64_intdigest(raw))
+            for name in names
+            for first, shape, raw in stored_chunks(store, place, name, names)
         ]
     except Exception:
         chunks = []
@@ -243,10 +295,12 @@ def _name_chunks(store: Path, scan: dict[str, Any], found: Findings) -> None:
         message = f"its bytes were changed, and HDF5 finds {len(chunks)} of {len(expected)} chunks"
         found.error("header-damaged", place, message, series_uid=uid)
         return
-    wrong = [chunk for chunk, digest in zip(chunks, expected, strict=True) if chunk[2] != digest]
-    for first, shape, _ in wrong:
+    wrong = [chunk for chunk, digest in zip(chunks, expected, strict=True) if chunk[3] != digest]
+    for name, first, shape, _ in wrong:
         last = min(first[0] + shape[0], scan["num_slices"]) - 1
-        message = f"the chunk of slices {first[0]} to {last} from row {first[1]}, column {first[2]} was changed"
+        message = (
+            f"the chunk of /{name}, slices {first[0]} to {last} from row {first[1]}, column {first[2]}, was changed"
+        )
         found.error("chunk-damaged", place, message, series_uid=uid)
     if not wrong:
         message = "all chunks are right, but bytes between them were changed"

@@ -34,7 +34,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One entry of ``shards``; `file` and `sha256` are None where the unit has no crop."""
+    """One entry of ``shards``, or a file of ``slabs.shards``; `file` and `sha256` are None where there is no row."""
 
     id: str
     file: str | None
@@ -43,6 +43,14 @@ class ShardRecord:
     sha256: str | None
     receipt: str
     receipt_sha256: str
+    dataset: str
+    crop_shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def crop_bytes(self) -> int:
+        """Bytes of one crop, slab or mask."""
+        return schema.crop_bytes(self.crop_shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,16 @@ class Record:
     inputs: tuple[FileRecord, ...]
     shards: tuple[ShardRecord, ...]
     files: dict[str, FileRecord]
+    slabs: tuple[ShardRecord, ...] | None = None
+    """Shards of the slabs; None where the store was built without targets."""
+
+    masks: tuple[ShardRecord, ...] = ()
+    """Shards of the slabs' masks, in the same order."""
 
     @property
-    def crop_bytes(self) -> int:
-        """Bytes of one crop."""
-        return schema.crop_bytes(self.crop_shape, self.dtype)
+    def mapped(self) -> list[ShardRecord]:
+        """All shards that are there to be mapped: of crops, slabs, masks."""
+        return [*self.shards_with_file, *(self.slabs or ()), *self.masks]
 
     @property
     def shards_with_file(self) -> list[ShardRecord]:
@@ -146,6 +159,7 @@ def _parse(value: dict[str, Any]) -> Record:
     low, high = (_number(v) for v in _items(parameters, "hu", 2))
     shape = tuple(_whole(v) for v in _items(parameters, "crop_shape", 3))
     dtype, wanted = _get(crops, "dtype", _text), _get(parameters, "dtype", _text)
+    _require(dtype in schema.CROP_DTYPES, f"crops.dtype is {dtype!r:.40}, expected one of {schema.CROP_DTYPES}")
     record = Record(
         store_id=_get(value, "store_id", _hex(16)),
         crop_shape=(shape[0], shape[1], shape[2]),
@@ -153,12 +167,11 @@ def _parse(value: dict[str, Any]) -> Record:
         hu=(low, high),
         edge=_get(parameters, "edge", _text),
         val_stride=_get(parameters, "val_stride", _whole),
-        counts={key: _get(counts, key, _whole) for key in _COUNTS},
         inputs=tuple(_file(v) for v in _items(value, "inputs")),
-        shards=tuple(_shard(v) for v in _items(value, "shards")),
+        shards=tuple(_shard(v, (shape[0], shape[1], shape[2]), dtype) for v in _items(value, "shards")),
         files={file.file: file for file in (_file(v) for v in _items(value, "files"))},
+        **_slabs(value, counts),
     )
-    _require(dtype in schema.CROP_DTYPES, f"crops.dtype is {dtype!r:.40}, expected one of {schema.CROP_DTYPES}")
     _require(wanted in (dtype, "auto"), f"parameters.dtype is {wanted!r:.40}, crops.dtype {dtype!r}")
     voxels = shape[0] * shape[1] * shape[2]
     _require(voxels >= MIN_CROP_VOXELS, f"crop_shape {shape}: fewer than {MIN_CROP_VOXELS} voxels")
@@ -166,8 +179,9 @@ def _parse(value: dict[str, Any]) -> Record:
     _require(record.edge in schema.EDGES, f"parameters.edge is {record.edge!r:.40}, expected one of {schema.EDGES}")
     _require(parameters.get("match") in schema.MATCHES, "parameters.match is none of the known ones")
     _require(crops.get("shape") == [record.counts["crops"], *shape], "crops.shape isn't (counts.crops, crop_shape)")
-    _require(sorted(record.files) == sorted(_TABLES), f"files must be {', '.join(_TABLES)}, each once")
-    _require(len(_items(value, "files")) == len(_TABLES), "files names a file twice")
+    tables = sorted(_TABLES if record.slabs is None else (*_TABLES, schema.SLAB_DOOR_FILE, schema.SLABS_FILE))
+    _require(sorted(record.files) == tables, f"files must be {', '.join(tables)}, each once")
+    _require(len(_items(value, "files")) == len(tables), "files names a file twice")
     _check_shards(record)
     return record
 
@@ -192,7 +206,7 @@ def _check_shards(record: Record) -> None:
                 shard.rows == 0 and shard.bytes == 0 and shard.sha256 is None, f"shard {shard.id} has rows but no file"
             )
             continue
-        size = schema.DATA_OFFSET + shard.rows * record.crop_bytes
+        size = schema.DATA_OFFSET + shard.rows * shard.crop_bytes
         _require(shard.file == f"{stem}.h5", f"file of shard {shard.id} is {shard.file!r:.80}, expected {stem}.h5")
         _require(shard.rows > 0 and shard.sha256 is not None, f"shard {shard.id} has a file but no rows or no sha256")
         _require(
@@ -200,7 +214,47 @@ def _check_shards(record: Record) -> None:
         )
 
 
-def _shard(value: object) -> ShardRecord:
+def _slabs(value: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+    """Slabs and masks of a `Record`, and the counts that come with them; nothing where the store has none."""
+    numbers = {key: _get(counts, key, _whole) for key in _COUNTS}
+    if "slabs" not in value:
+        return {"counts": numbers}
+    part = _get(value, "slabs", _object)
+    dtype, entries = _get(part, "dtype", _text), [_object(entry) for entry in _items(part, "shards")]
+    _require(dtype in schema.CROP_DTYPES, f"slabs.dtype is {dtype!r:.40}, expected one of {schema.CROP_DTYPES}")
+    _require(dtype == value["crops"]["dtype"], "slabs.dtype isn't crops.dtype")
+    numbers |= {key: _get(counts, key, _whole) for key in ("slabs", "slabs_positive")}
+    shape = part.get("shape")
+    _require(shape == [numbers["slabs"], *schema.SLAB_SHAPE], "slabs.shape isn't (counts.slabs, slices, rows, columns)")
+    slabs = tuple(_slab_shard(entry, "", schema.SLABS_DATASET, dtype) for entry in entries)
+    masks = tuple(_slab_shard(entry, "mask_", schema.MASKS_DATASET, "uint8") for entry in entries)
+    _require(len({shard.id for shard in slabs}) == len(slabs), "slabs.shards has an id twice")
+    _require(sum(shard.rows for shard in slabs) == numbers["slabs"], "slabs.shards don't add up to counts.slabs")
+    return {"counts": numbers, "slabs": slabs, "masks": masks}
+
+
+def _slab_shard(entry: dict[str, Any], key: str, dataset: str, dtype: str) -> ShardRecord:
+    shard = ShardRecord(
+        id=_get(entry, "id", _text),
+        file=_get(entry, f"{key}file", _text),
+        rows=_get(entry, "rows", _whole),
+        bytes=_get(entry, f"{key}bytes", _whole),
+        sha256=_get(entry, f"{key}sha256", _hex(64)),
+        receipt="",
+        receipt_sha256="",
+        dataset=dataset,
+        crop_shape=schema.SLAB_SHAPE,
+        dtype=dtype,
+    )
+    _require(SHARD_ID.fullmatch(shard.id) is not None, f"slab shard id {shard.id!r:.80} isn't one")
+    place = f"{schema.SLABS_DIR}/{shard.id}{'.masks' if key else ''}.h5"
+    _require(shard.file == place, f"file of slab shard {shard.id} is {shard.file!r:.80}, expected {place}")
+    size = schema.DATA_OFFSET + shard.rows * shard.crop_bytes
+    _require(shard.rows > 0 and shard.bytes == size, f"slab shard {shard.id}: {shard.bytes} bytes, expected {size}")
+    return shard
+
+
+def _shard(value: object, crop_shape: tuple[int, int, int], dtype: str) -> ShardRecord:
     entry = _object(value)
     return ShardRecord(
         id=_get(entry, "id", _text),
@@ -210,6 +264,9 @@ def _shard(value: object) -> ShardRecord:
         sha256=_get(entry, "sha256", _or_none(_hex(64))),
         receipt=_get(entry, "receipt", _text),
         receipt_sha256=_get(entry, "receipt_sha256", _hex(64)),
+        dataset=schema.CROPS_DATASET,
+        crop_shape=crop_shape,
+        dtype=dtype,
     )
 
 

@@ -6,6 +6,7 @@ reader, nor its geometry or cutting.
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from lunaprep.verify.findings import Findings
 from lunaprep.verify.gate import Source, find_source, hash_voxels
 from lunaprep.verify.hashing import Meter
 from lunaprep.verify.places import BadFileError, open_plain
-from lunaprep.verify.record import Record
-from lunaprep.verify.structure import stored_chunks
+from lunaprep.verify.record import Record, ShardRecord
+from lunaprep.verify.structure import datasets_of, stored_chunks
 from lunaprep.verify.tables import Manifest
 from lunaprep.verify.values import TIE
 
@@ -30,7 +31,7 @@ def check_source(
     data: Path,
     record: Record,
     scans: list[dict[str, Any]],
-    manifest: Manifest,
+    tables: Sequence[tuple[Manifest, Sequence[ShardRecord]]],
     meter: Meter,
     found: Findings,
 ) -> None:
@@ -40,32 +41,41 @@ def check_source(
     ----------
     store, data : Path
         The store and the folder its scans were read from.
-    record, scans, manifest
-        store.json, the good rows of scans.parquet, and crops.parquet.
+    record, scans
+        store.json, and the good rows of scans.parquet.
+    tables : sequence of (Manifest, sequence of ShardRecord)
+        crops.parquet, and slabs.parquet if there, each with its shards.
     meter : Meter
         Counts the bytes read.
     found : Findings
         Where differences go.
     """
-    known = {scan["series_uid"]: k for k, scan in enumerate(scans)}
-    scan_of_row = manifest.texts["series_uid"].recode(known)
-    order = np.argsort(scan_of_row, kind="stable")
-    ends = np.searchsorted(scan_of_row[order], np.arange(len(scans) + 1))
+    by_table = [_rows_by_scan(manifest, scans) for manifest, _ in tables]
     for k, scan in enumerate(scans):
-        rows = order[ends[k] : ends[k + 1]].tolist()
+        number = sum(len(rows[k]) for rows in by_table)
         try:
             source = find_source(data, scan["file"])
             image, voxels = _read(data, source, scan, meter)
         except BadFileError as bad:
-            _tell_unread(bad, scan, len(rows), found)
+            _tell_unread(bad, scan, number, found)
             continue
         except Exception as error:
             message = f"SimpleITK can't read it: {' '.join(str(error).split())[-160:]}"
             found.error("source-unreadable", scan["file"], message, series_uid=scan["series_uid"])
             continue
         if _check_grid(image, scan, found):
-            _check_crops(store, record, manifest, rows, image, voxels, found)
+            for (manifest, shards), rows in zip(tables, by_table, strict=True):
+                _check_crops(store, record, (manifest, shards), rows[k], image, voxels, found)
             _check_volume(store, record, scan, voxels, found)
+
+
+def _rows_by_scan(manifest: Manifest, scans: list[dict[str, Any]]) -> list[list[int]]:
+    """Rows of a table that belong to each scan."""
+    known = {scan["series_uid"]: k for k, scan in enumerate(scans)}
+    scan_of_row = manifest.texts["series_uid"].recode(known)
+    order = np.argsort(scan_of_row, kind="stable")
+    ends = np.searchsorted(scan_of_row[order], np.arange(len(scans) + 1))
+    return [order[ends[k] : ends[k + 1]].tolist() for k in range(len(scans))]
 
 
 def _tell_unread(bad: BadFileError, scan: dict[str, Any], num_crops: int, found: Findings) -> None:
@@ -112,13 +122,14 @@ def _check_grid(image: Any, scan: dict[str, Any], found: Findings) -> bool:
 def _check_crops(
     store: Path,
     record: Record,
-    manifest: Manifest,
+    table: tuple[Manifest, Sequence[ShardRecord]],
     rows: list[int],
     image: Any,
     voxels: Voxels,
     found: Findings,
 ) -> None:
-    files = {shard.id: shard.file for shard in record.shards}
+    manifest, shards = table
+    by_id = {shard.id: shard for shard in shards}
     opened: dict[str, int] = {}
     try:
         for k in rows:
@@ -126,14 +137,15 @@ def _check_crops(
             centre = np.array([manifest.numbers[name][k] for name in ("index", "row", "col")], dtype=np.int64)
             if not _check_centre(manifest, k, centre, image, whose, found):
                 continue
-            crop = cut(voxels, _start(centre, voxels.shape, record), record)
-            place = files.get(whose["shard_id"])
-            if place is None:
+            shard = by_id.get(str(whose["shard_id"]))
+            if shard is None:
                 continue
+            place, start = str(shard.file), _start(centre, voxels.shape, shard.crop_shape, record.edge)
+            crop = cut(voxels, start, shard.crop_shape, record)
             if place not in opened:
                 opened[place] = open_plain(store, place)
-            offset = schema.DATA_OFFSET + whose["shard_row"] * record.crop_bytes
-            if os.pread(opened[place], record.crop_bytes, offset) != crop.tobytes():
+            offset = schema.DATA_OFFSET + whose["shard_row"] * shard.crop_bytes
+            if os.pread(opened[place], shard.crop_bytes, offset) != crop.tobytes():
                 found.error("crop-differs", place, "isn't what is cut from its scan", **whose)
     except (BadFileError, OSError):
         pass  # a shard that can't be read was told by the check of every file
@@ -150,33 +162,42 @@ def _check_centre(
     whose: dict[str, Any],
     found: Findings,
 ) -> bool:
-    """Compare the centre voxel with ITK's; half-way between two voxels (within `TIE`) either is right."""
+    """Compare the centre voxel with ITK's; half-way between two voxels (within `TIE`) either is right.
+
+    A slab of a nodule may lie around any slice that its sphere meets.
+    """
     xyz = [float(manifest.numbers[f"{axis}_mm"][k]) for axis in "xyz"]
     place = np.array(image.TransformPhysicalPointToContinuousIndex(xyz))[::-1]
     nearest = np.rint(place).astype(np.int64)
+    if manifest.place == schema.SLABS_FILE:
+        reach = np.nan_to_num(manifest.numbers["diameter_mm"][k]) / 2 / image.GetSpacing()[2]
+        if abs(place[0] - centre[0]) <= reach + 0.5 + TIE:
+            place[0] = nearest[0] = centre[0]
     if (nearest == centre).all() or (np.abs(place - centre) <= 0.5 + TIE).all():
         return True
     message = f"centre voxel is {centre.tolist()}, SimpleITK gives {nearest.tolist()}"
-    found.error("index-differs", schema.MANIFEST_FILE, message, **whose)
+    found.error("index-differs", manifest.place, message, **whose)
     return False
 
 
-def _start(centre: npt.NDArray[np.int64], shape: tuple[int, ...], record: Record) -> list[int]:
+def _start(
+    centre: npt.NDArray[np.int64], shape: tuple[int, ...], crop_shape: tuple[int, int, int], edge: str
+) -> list[int]:
     start = []
-    for c, side, width in zip(centre.tolist(), shape, record.crop_shape, strict=True):
+    for c, side, width in zip(centre.tolist(), shape, crop_shape, strict=True):
         first = c - width // 2
-        if record.edge == "shift":
+        if edge == "shift":
             first = min(max(first, min(0, side - width)), max(0, side - width))
         start.append(first)
     return start
 
 
-def cut(voxels: Voxels, start: list[int], record: Record) -> Voxels:
+def cut(voxels: Voxels, start: list[int], crop_shape: tuple[int, int, int], record: Record) -> Voxels:
     """One crop in the store's dtype, HU clipped, the lower bound where it lies outside the scan."""
     low, high = record.hu
-    crop = np.full(record.crop_shape, low, dtype=np.float32)
+    crop = np.full(crop_shape, low, dtype=np.float32)
     inner, outer = [], []
-    for first, side, width in zip(start, voxels.shape, record.crop_shape, strict=True):
+    for first, side, width in zip(start, voxels.shape, crop_shape, strict=True):
         begin, end = max(first, 0), min(first + width, side)
         if begin >= end:
             return crop.astype(record.dtype)
@@ -192,7 +213,7 @@ def _check_volume(store: Path, record: Record, scan: dict[str, Any], voxels: Vox
         return
     grid, chunk = 0, voxels.shape
     try:
-        for first, chunk, stored in stored_chunks(store, place, schema.HU_DATASET):
+        for first, chunk, stored in stored_chunks(store, place, schema.HU_DATASET, datasets_of(scan)):
             grid += 1
             if not _chunk_is(stored, first, chunk, voxels, record.hu):
                 message = f"the chunk at {first} isn't the scan's, clipped to {record.hu}"

@@ -16,9 +16,11 @@ from lunaprep.verify.checksums import (
 )
 from lunaprep.verify.findings import Findings, VerifyReport
 from lunaprep.verify.hashing import Meter
+from lunaprep.verify.masks import check_masks
 from lunaprep.verify.places import BadFileError, look
 from lunaprep.verify.record import Record, ShardRecord, load_record
-from lunaprep.verify.structure import check_front_door, check_shard, check_volume
+from lunaprep.verify.slabs import check_slabs
+from lunaprep.verify.structure import check_front_doors, check_shard, check_volume
 from lunaprep.verify.tables import Manifest, load_manifest, load_scans
 from lunaprep.verify.values import check_manifest, check_scans
 
@@ -39,8 +41,8 @@ def verify_store(
     store : Path
         The store's folder.
     level : {"quick", "full", "source"}
-        ``quick``: structure, sizes and values, no voxel read. ``full``: also every checksum.
-        ``source``: also every crop and volume cut again from the scans in `data`.
+        ``quick``: structure, sizes and values, no voxel read. ``full``: also every checksum, and the masks looked at.
+        ``source``: also every crop, slab and volume cut again from the scans in `data`.
     data : Path, optional
         The folder the scans lie in; needed at level source.
     progress : callable, optional
@@ -92,28 +94,32 @@ def _verify(
     counts: dict[str, int],
 ) -> None:
     scans, good = _load_scans(store, record, found)
-    manifest = _load_manifest(store, record, good, found)
+    manifest, slabs = _load_manifest(store, record, good, found), _load_slabs(store, record, good, found)
     volumes = [scan for scan in good or [] if scan["volume_file"] is not None]
     counts |= {"shards": len(record.shards_with_file), "crops": record.counts["crops"], "volumes": len(volumes)}
+    counts |= {"slabs": record.counts.get("slabs", 0)}
     here = _check_files(store, record, volumes, found)
     if good is not None:
         _name_extra(store, schema.VOLUMES_DIR, {scan["volume_file"] for scan in volumes}, found)
-    for shard in record.shards_with_file:
+    for shard in record.mapped:
         if shard.file in here:
-            check_shard(store, record, shard, found)
+            check_shard(store, shard, found)
     if level == "quick":
         return
-    if schema.FRONT_DOOR_FILE in here:
-        check_front_door(store, record, found)
+    check_front_doors(store, record, here, found)
     for scan in volumes:
         if scan["volume_file"] in here:
             check_volume(store, scan, found)
     meter = Meter(_total(record, volumes, good or [], level), progress)
-    _verify_bytes(store, record, scans, volumes, manifest, meter, found)
+    _verify_bytes(store, record, scans, volumes, (manifest, slabs), meter, found)
+    if good is not None:
+        check_masks(store, record, good, slabs, here, found)
     if data is not None and level == "source" and manifest is not None and good is not None:
         from lunaprep.verify.recut import check_source
 
-        check_source(store, data, record, good, manifest, meter, found)
+        tables = [(manifest, record.shards_with_file)]
+        tables += [(slabs, list(record.slabs))] if slabs is not None and record.slabs else []
+        check_source(store, data, record, good, tables, meter, found)
     counts["bytes_read"] = meter.done
 
 
@@ -128,7 +134,7 @@ def _load_scans(store: Path, record: Record, found: Findings) -> tuple[Rows | No
 
 
 def _load_manifest(store: Path, record: Record, good: Rows | None, found: Findings) -> Manifest | None:
-    manifest = load_manifest(store, record.counts["crops"], found)
+    manifest = load_manifest(store, schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, record.counts["crops"], found)
     if manifest is None:
         message = "its rows weren't checked, as this table can't be read"
         found.warning("not-checked", schema.MANIFEST_FILE, message)
@@ -137,24 +143,35 @@ def _load_manifest(store: Path, record: Record, good: Rows | None, found: Findin
     return manifest
 
 
+def _load_slabs(store: Path, record: Record, good: Rows | None, found: Findings) -> Manifest | None:
+    if record.slabs is None:
+        return None
+    slabs = load_manifest(store, schema.SLABS_FILE, schema.SLAB_COLUMNS, record.counts["slabs"], found)
+    if slabs is None:
+        found.warning("not-checked", schema.SLABS_FILE, "its rows weren't checked, as this table can't be read")
+    else:
+        check_slabs(record, good, slabs, found)
+    return slabs
+
+
 def _verify_bytes(
     store: Path,
     record: Record,
     scans: Rows | None,
     volumes: Rows,
-    manifest: Manifest | None,
+    tables: tuple[Manifest | None, Manifest | None],
     meter: Meter,
     found: Findings,
 ) -> None:
     check_small_files(store, record, meter, found)
     receipts = load_receipts(store, record, meter, found)
     check_receipts(record, receipts, scans, found)
-    check_shards(store, record, witnesses(record, manifest, receipts), meter, found)
+    check_shards(store, witnesses(record, *tables, receipts), meter, found)
     check_volumes(store, volumes, meter, found)
 
 
 def _total(record: Record, volumes: Rows, scans: Rows, level: Level) -> int:
-    total = sum(file.bytes for file in record.files.values()) + sum(shard.bytes for shard in record.shards)
+    total = sum(file.bytes for file in record.files.values()) + sum(shard.bytes for shard in record.mapped)
     for scan in volumes:
         total += int(scan["volume_bytes"])
     for scan in scans if level == "source" else []:
@@ -178,27 +195,29 @@ def _check_files(store: Path, record: Record, volumes: Rows, found: Findings) ->
         else:
             here.add(place)
 
-    shards = {shard.file: shard for shard in record.shards_with_file}
+    shards = {shard.file: shard for shard in record.mapped}
 
     def _cut(place: str, got: int) -> str:
-        return _lost_rows(shards[place], got, record.crop_bytes) if place in shards else ""
+        return _lost_rows(shards[place], got) if place in shards else ""
 
     for file in record.files.values():
         check(file.file, file.bytes, "")
+    for shard in record.mapped:
+        lost = f"; it held {shard.rows} {shard.dataset}: build again to make it"
+        check(str(shard.file), shard.bytes, lost, shard_id=shard.id)
     for shard in record.shards:
-        if shard.file is not None:
-            check(shard.file, shard.bytes, f"; it held {shard.rows} crops: build again to make it", shard_id=shard.id)
         check(shard.receipt, None, "; build again to make it", shard_id=shard.id)
     for scan in volumes:
         check(scan["volume_file"], scan["volume_bytes"], "; build again to make it", series_uid=scan["series_uid"])
     listed = {s.receipt for s in record.shards} | {str(s.file) for s in record.shards}
     _name_extra(store, schema.SHARDS_DIR, listed, found)
+    _name_extra(store, schema.SLABS_DIR, {str(s.file) for s in (*(record.slabs or ()), *record.masks)}, found)
     return here
 
 
-def _lost_rows(shard: ShardRecord, size: int, crop_bytes: int) -> str:
-    left = max(0, size - schema.DATA_OFFSET) // crop_bytes
-    return f"; crops of rows {left} to {shard.rows - 1} are lost" if left < shard.rows else ""
+def _lost_rows(shard: ShardRecord, size: int) -> str:
+    left = max(0, size - schema.DATA_OFFSET) // shard.crop_bytes
+    return f"; {shard.dataset} of rows {left} to {shard.rows - 1} are lost" if left < shard.rows else ""
 
 
 def _name_extra(store: Path, folder: str, listed: set[str], found: Findings) -> None:

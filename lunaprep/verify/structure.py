@@ -6,6 +6,7 @@ virtual dataset for its shape may open the files it names.
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lunaprep.verify.record import Record, ShardRecord
 
 MOST_ATTRIBUTE_BYTES = 4096
 
-_H5_TYPES = {"int16": h5py.h5t.STD_I16LE, "float32": h5py.h5t.IEEE_F32LE}
+_H5_TYPES = {"int16": h5py.h5t.STD_I16LE, "float32": h5py.h5t.IEEE_F32LE, "uint8": h5py.h5t.STD_U8LE}
 _LAYOUTS = {
     h5py.h5d.CHUNKED: "chunked",
     h5py.h5d.CONTIGUOUS: "contiguous",
@@ -29,61 +30,72 @@ _LAYOUTS = {
 _FORMAT_ATTRIBUTES: dict[str, Any] = {"format": schema.FORMAT, "version": schema.FORMAT_VERSION}
 
 
-def check_shard(store: Path, record: Record, shard: ShardRecord, found: Findings) -> None:
+def check_shard(store: Path, shard: ShardRecord, found: Findings) -> None:
     """Check that a shard of right size is one plain dataset whose crops lie where the format says.
 
     Parameters
     ----------
-    store, record, shard
-        The store, its store.json, and the shard's entry there.
+    store, shard
+        The store, and the shard's entry in store.json.
     found : Findings
         Where problems go, under the codes ``hdf5-*``.
     """
 
     def look(file: h5py.File) -> None:
-        dataset = _only_dataset(file, schema.CROPS_DATASET)
+        dataset = _dataset(file, shard.dataset, (shard.dataset,))
         _require_layout(dataset, h5py.h5d.CHUNKED, ())
-        shape = (shard.rows, *record.crop_shape)
-        _require_grid(dataset, record.dtype, shape, (1, *record.crop_shape))
+        shape = (shard.rows, *shard.crop_shape)
+        _require_grid(dataset, shard.dtype, shape, (1, *shard.crop_shape))
         for where in (h5py.h5g.open(file.id, b"/"), dataset):
             count = h5py.h5a.get_num_attrs(where)
             _require(count == 0, "hdf5-attribute", f"{count} attributes, expected none")
-        _require_places(dataset, shard.rows, record.crop_bytes)
+        _require_places(dataset, shard.rows, shard.crop_bytes)
 
     _guarded(store, str(shard.file), look, found, shard_id=shard.id)
 
 
-def check_front_door(store: Path, record: Record, found: Findings) -> None:
-    """Check that crops.h5 maps all shards, in order, and nothing else."""
-    expected = {
-        **_FORMAT_ATTRIBUTES,
-        "store_id": record.store_id,
-        "manifest": schema.MANIFEST_FILE,
-        "NX_class": "NXdata",
-        "signal": schema.CROPS_DATASET,
-    }
+def check_front_doors(store: Path, record: Record, here: set[str], found: Findings) -> None:
+    """Check that crops.h5 and slabs.h5, where they are `here`, map all shards, in order, and nothing else."""
+    crops = {schema.CROPS_DATASET: (record.dtype, record.crop_shape, record.shards_with_file)}
+    doors = {schema.FRONT_DOOR_FILE: (schema.MANIFEST_FILE, crops)}
+    if record.slabs is not None:
+        slabs = {
+            schema.SLABS_DATASET: (record.dtype, schema.SLAB_SHAPE, list(record.slabs)),
+            schema.MASKS_DATASET: ("uint8", schema.SLAB_SHAPE, list(record.masks)),
+        }
+        doors[schema.SLAB_DOOR_FILE] = (schema.SLABS_FILE, slabs)
+    for place, (manifest, datasets) in doors.items():
+        if place in here:
+            look = partial(_look_at_door, record=record, manifest=manifest, datasets=datasets)
+            _guarded(store, place, look, found)
 
-    def look(file: h5py.File) -> None:
-        dataset = _only_dataset(file, schema.CROPS_DATASET)
-        shards = record.shards_with_file
+
+def _look_at_door(
+    file: h5py.File,
+    record: Record,
+    manifest: str,
+    datasets: dict[str, tuple[str, tuple[int, int, int], list[ShardRecord]]],
+) -> None:
+    """Check a front door; `datasets` are its datasets' dtypes, crop shapes and shards."""
+    for name, (dtype, crop_shape, shards) in datasets.items():
+        dataset = _dataset(file, name, tuple(datasets))
         if shards:
             plist = _require_layout(dataset, h5py.h5d.VIRTUAL, ())
-            _require_mapping(plist, record, shards)
-            fill = np.zeros((), dtype=record.dtype)
+            _require_mapping(plist, shards)
+            fill = np.zeros((), dtype=dtype)
             plist.get_fill_value(fill)
             _require(
-                np.array_equal(fill, np.array(schema.FILL[record.dtype], record.dtype), equal_nan=True),
+                np.array_equal(fill, np.array(schema.FILL[dtype], dtype), equal_nan=True),
                 "hdf5-layout",
-                f"the fill value is {fill}, expected {schema.FILL[record.dtype]}",
+                f"the fill value is {fill}, expected {schema.FILL[dtype]}",
             )
         else:
             plist = dataset.get_create_plist()
-            _require(plist.get_layout() != h5py.h5d.VIRTUAL, "hdf5-layout", "maps files though the store has no crop")
+            _require(plist.get_layout() != h5py.h5d.VIRTUAL, "hdf5-layout", f"maps files though there are no {name}")
             _require(plist.get_external_count() == 0, "hdf5-layout", "its data is in an external file")
-        _require_grid(dataset, record.dtype, (record.counts["crops"], *record.crop_shape), None)
-        _require_attributes(file.id, expected)
-
-    _guarded(store, schema.FRONT_DOOR_FILE, look, found)
+        _require_grid(dataset, dtype, (sum(shard.rows for shard in shards), *crop_shape), None)
+    expected = {"store_id": record.store_id, "manifest": manifest, "NX_class": "NXdata", "signal": next(iter(datasets))}
+    _require_attributes(file.id, {**_FORMAT_ATTRIBUTES, **expected})
 
 
 def check_volume(store: Path, scan: dict[str, Any], found: Findings) -> None:
@@ -92,12 +104,17 @@ def check_volume(store: Path, scan: dict[str, Any], found: Findings) -> None:
     shape = (scan["num_slices"], scan["num_rows"], scan["num_cols"])
 
     def look(file: h5py.File) -> None:
-        dataset = _only_dataset(file, schema.HU_DATASET)
+        names = datasets_of(scan)
+        dataset = _dataset(file, schema.HU_DATASET, names)
         _require_layout(dataset, h5py.h5d.CHUNKED, (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE))
         _require_grid(dataset, "float32", shape, None)
         chunk = dataset.get_create_plist().get_chunk()
         fits = all(c <= most for c, most in zip(chunk, schema.VOLUME_CHUNK_IRC, strict=True))
         _require(fits, "hdf5-chunks", f"chunks of {chunk}, at most {schema.VOLUME_CHUNK_IRC} expected")
+        for name in names[1:]:
+            mask = _dataset(file, name, names)
+            _require_layout(mask, h5py.h5d.CHUNKED, (h5py.h5z.FILTER_DEFLATE,))
+            _require_grid(mask, "uint8", shape, chunk)
         _require_attributes(file.id, {**_FORMAT_ATTRIBUTES, "series_uid": uid})
         geometry = {name: scan[name] for name in ("origin", "spacing", "direction")}
         _require_attributes(dataset, geometry)
@@ -105,14 +122,26 @@ def check_volume(store: Path, scan: dict[str, Any], found: Findings) -> None:
     _guarded(store, scan["volume_file"], look, found, series_uid=uid)
 
 
-def stored_chunks(store: Path, place: str, dataset: str) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], bytes]]:
+def datasets_of(scan: dict[str, Any]) -> tuple[str, ...]:
+    """Datasets of a scan's volume: as many chunks' checksums as three grids have mean that it has masks."""
+    shape = [scan[name] for name in ("num_slices", "num_rows", "num_cols")]
+    grid = int(
+        np.prod([-(-side // min(side, most)) for side, most in zip(shape, schema.VOLUME_CHUNK_IRC, strict=True)])
+    )
+    has_masks = len(scan["volume_chunk_xxh3"]) == len(schema.VOLUME_DATASETS) * grid
+    return schema.VOLUME_DATASETS if has_masks else schema.VOLUME_DATASETS[:1]
+
+
+def stored_chunks(
+    store: Path, place: str, dataset: str, names: tuple[str, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], bytes]]:
     """First voxel, chunk shape and stored bytes of each chunk, in row-major order of the chunks' grid.
 
     The bytes are read from the file as they lie there: HDF5 unpacks nothing. A damaged or hostile file makes
     h5py raise anything.
     """
     with h5py.File(store / place, "r", locking=False) as file:
-        found = _only_dataset(file, dataset)
+        found = _dataset(file, dataset, names)
         shape, places = found.get_create_plist().get_chunk(), sorted(_chunks(found))
     with os.fdopen(open_plain(store, place), "rb", buffering=0) as raw:
         most = os.fstat(raw.fileno()).st_size
@@ -150,11 +179,12 @@ def _require(holds: bool, code: str, message: str) -> None:
         raise BadFileError(code, message)
 
 
-def _only_dataset(file: h5py.File, name: str) -> h5py.h5d.DatasetID:
-    """Open the one object of the file, having seen that it is a hard link to a dataset."""
+def _dataset(file: h5py.File, name: str, names: tuple[str, ...]) -> h5py.h5d.DatasetID:
+    """Open one of the file's objects, `names`, having seen that it is a hard link to a dataset."""
     links = file.id.links
     count = file.id.get_num_objs()
-    _require(count == 1, "hdf5-object", f"{count} objects at its root, expected /{name} alone")
+    listed = " and ".join(f"/{one}" for one in names)
+    _require(count == len(names), "hdf5-object", f"{count} objects at its root, expected {listed} alone")
     _require(links.exists(name.encode()), "hdf5-object", f"has no /{name}")
     kind = links.get_info(name.encode()).type
     _require(kind == h5py.h5l.TYPE_HARD, "hdf5-link", f"/{name} is a soft or external link; none is followed")
@@ -201,15 +231,15 @@ def _require_places(dataset: h5py.h5d.DatasetID, rows: int, crop_bytes: int) -> 
         _require((offset, size) == (expected, crop_bytes), "hdf5-offset", message)
 
 
-def _require_mapping(plist: h5py.h5p.PropDCID, record: Record, shards: list[ShardRecord]) -> None:
+def _require_mapping(plist: h5py.h5p.PropDCID, shards: list[ShardRecord]) -> None:
     count = plist.get_virtual_count()
     _require(count == len(shards), "hdf5-mapping", f"maps {count} shards, expected {len(shards)}")
     start = 0
     for k, shard in enumerate(shards):
         name, inner = plist.get_virtual_filename(k), plist.get_virtual_dsetname(k)
         _require(name == shard.file, "hdf5-mapping", f"mapping {k} reads {name!r:.120}, expected {shard.file!r}")
-        _require(inner.lstrip("/") == schema.CROPS_DATASET, "hdf5-mapping", f"mapping {k} reads dataset {inner!r:.80}")
-        last = tuple(side - 1 for side in record.crop_shape)
+        _require(inner.lstrip("/") == shard.dataset, "hdf5-mapping", f"mapping {k} reads dataset {inner!r:.80}")
+        last = tuple(side - 1 for side in shard.crop_shape)
         here = (start, 0, 0, 0), (start + shard.rows - 1, *last)
         _require_box(plist.get_virtual_vspace(k), here, k)
         _require_box(plist.get_virtual_srcspace(k), ((0, 0, 0, 0), (shard.rows - 1, *last)), k)

@@ -49,8 +49,9 @@ class Coded:
 
 @dataclass(frozen=True)
 class Manifest:
-    """crops.parquet as arrays; null whole numbers are -1."""
+    """crops.parquet, or slabs.parquet, as arrays; null whole numbers are -1."""
 
+    place: str
     num_rows: int
     numbers: dict[str, Array]
     texts: dict[str, Coded]
@@ -61,18 +62,20 @@ class Manifest:
             "shard_id": self.texts["shard_id"][k],
             "shard_row": int(self.numbers["shard_row"][k]),
             "series_uid": self.texts["series_uid"][k],
-            "candidate_id": int(self.numbers["candidate_id"][k]),
+            "candidate_id": int(number) if (number := self.numbers["candidate_id"][k]) >= 0 else None,
         }
 
 
-def load_manifest(store: Path, num_crops: int, found: Findings) -> Manifest | None:
-    """Read crops.parquet; None, with the reason among the findings, where it can't be used."""
-    table = _load(store, schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, num_crops, found)
+def load_manifest(
+    store: Path, place: str, columns: tuple[schema.Column, ...], num_rows: int, found: Findings
+) -> Manifest | None:
+    """Read crops.parquet or slabs.parquet; None, with the reason among the findings, where it can't be used."""
+    table = _load(store, place, columns, num_rows, found)
     if table is None:
         return None
     numbers: dict[str, Array] = {}
     texts: dict[str, Coded] = {}
-    for column in schema.MANIFEST_COLUMNS:
+    for column in columns:
         values = table.column(column.name).combine_chunks()
         if column.type == "string":
             coded = values.dictionary_encode()
@@ -81,7 +84,7 @@ def load_manifest(store: Path, num_crops: int, found: Findings) -> Manifest | No
         else:
             whole = column.type.startswith("int")
             numbers[column.name] = (values.fill_null(-1) if whole else values).to_numpy(zero_copy_only=False)
-    return Manifest(table.num_rows, numbers, texts)
+    return Manifest(place, table.num_rows, numbers, texts)
 
 
 def load_scans(store: Path, num_scans: int, found: Findings) -> list[dict[str, Any]] | None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from lunaprep import schema
 from lunaprep.verify.findings import MOST_ALIKE, Findings
-from lunaprep.verify.record import SHARD_ID, Record
+from lunaprep.verify.record import SHARD_ID, Record, ShardRecord
 from lunaprep.verify.tables import Manifest
 
 TIE = 1e-6
@@ -20,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 _PLACE = schema.MANIFEST_FILE
 _AXES = ("index", "row", "col")
+_STARTS = ("start_col", "start_row", "start_index")
 _SIDES = ("num_slices", "num_rows", "num_cols")
 _HEX_128 = re.compile(r"[0-9a-f]{32}")
 
@@ -43,11 +45,12 @@ def check_scans(record: Record, scans: list[dict[str, Any]], found: Findings) ->
         "volumes": sum(scan["volume_file"] is not None for scan in scans),
     }
     for name, number in got.items():
-        _check_count(name, number, record, schema.SCANS_FILE, found)
+        check_count(name, number, record, schema.SCANS_FILE, found)
     return good
 
 
-def _check_count(name: str, got: int, record: Record, place: str, found: Findings) -> None:
+def check_count(name: str, got: int, record: Record, place: str, found: Findings) -> None:
+    """A count must be store.json's."""
     if got != record.counts[name]:
         found.error("wrong-count", place, f"{name}: {got}, store.json counts {record.counts[name]}")
 
@@ -73,7 +76,7 @@ def _scan_problem(scan: dict[str, Any], record: Record) -> str | None:
         return "data_bytes or data_xxh3 is missing or malformed"
     if scan["is_thin"] != any(side < width for side, width in zip(sides, record.crop_shape, strict=True)):
         return f"is_thin is {scan['is_thin']} for shape {sides} and crops of {record.crop_shape}"
-    return _range_problem(scan) or _volume_problem(scan)
+    return _range_problem(scan) or _volume_problem(scan) or _box_problem(scan, sides)
 
 
 def _range_problem(scan: dict[str, Any]) -> str | None:
@@ -81,6 +84,15 @@ def _range_problem(scan: dict[str, Any]) -> str | None:
     if low is None or high is None or not -math.inf < low <= high < math.inf:
         return f"hu_min {low} and hu_max {high} are no range"
     return None if share is not None and 0 <= share <= 1 else f"clipped_share is {share}"
+
+
+def _box_problem(scan: dict[str, Any], sides: list[int]) -> str | None:
+    box = scan["lung_box"]
+    if box is None:
+        return None
+    if len(box) == 6 and all(0 <= a < b <= n for a, b, n in zip(box[:3], box[3:], sides, strict=True)):
+        return None
+    return f"lung_box {box} is no box inside {sides}"
 
 
 def _volume_problem(scan: dict[str, Any]) -> str | None:
@@ -95,68 +107,67 @@ def _volume_problem(scan: dict[str, Any]) -> str | None:
 
 def check_manifest(record: Record, scans: list[dict[str, Any]] | None, manifest: Manifest, found: Findings) -> None:
     """Check crops.parquet: row by row, as a whole, and against scans.parquet where that is readable."""
-    _check_count("crops", manifest.num_rows, record, _PLACE, found)
-    _check_count("nodules", int(manifest.numbers["is_nodule"].sum()), record, _PLACE, found)
-    _check_rows(manifest, found)
-    _check_order(record, manifest, found)
+    check_count("crops", manifest.num_rows, record, _PLACE, found)
+    check_count("nodules", int(manifest.numbers["is_nodule"].sum()), record, _PLACE, found)
+    check_rows(manifest, found)
+    ids = manifest.numbers["candidate_id"]
+    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    twice = np.isin(ids, ids[first[counts > 1]]) | (ids < 0)
+    tell(found, manifest, twice, "duplicate-candidate", "its candidate_id stands in another row too, or is negative")
+    check_order(record.shards_with_file, ("candidate_id", *_STARTS), manifest, found)
     _check_ranks(record, manifest, found)
-    _check_patients(manifest, found)
+    check_patients(manifest, found)
     if scans is not None:
         _check_against_scans(record, scans, manifest, found)
 
 
-def _tell(found: Findings, manifest: Manifest, mask: Mask, code: str, message: str) -> None:
+def tell(found: Findings, manifest: Manifest, mask: Mask, code: str, message: str) -> None:
     """Add an error for each row of the mask; beyond `MOST_ALIKE` they are only counted."""
     rows = np.flatnonzero(mask)
     for k in rows[:MOST_ALIKE]:
-        found.error(code, _PLACE, message, **manifest.crop(int(k)))
+        found.error(code, manifest.place, message, **manifest.crop(int(k)))
     if len(rows) > MOST_ALIKE:
-        found.count(code, _PLACE, len(rows) - MOST_ALIKE)
+        found.count(code, manifest.place, len(rows) - MOST_ALIKE)
 
 
-def _check_rows(manifest: Manifest, found: Findings) -> None:
+def check_rows(manifest: Manifest, found: Findings) -> None:
+    """Centres, diameters and splits must be possible ones."""
     n = manifest.numbers
     centres = np.stack([n[f"{axis}_mm"] for axis in "xyz"])
-    _tell(found, manifest, ~np.isfinite(centres).all(axis=0), "bad-value", "its centre isn't finite")
+    tell(found, manifest, ~np.isfinite(centres).all(axis=0), "bad-value", "its centre isn't finite")
     diameter = n["diameter_mm"]
     bad = ~(np.isnan(diameter) | ((diameter > 0) & np.isfinite(diameter)))
-    _tell(found, manifest, bad, "bad-value", "diameter_mm is neither positive nor NaN")
+    tell(found, manifest, bad, "bad-value", "diameter_mm is neither positive nor NaN")
     for name in ("split_series", "split_candidate"):
         mask = manifest.texts[name].recode({split: k for k, split in enumerate(schema.SPLITS)}) < 0
-        _tell(found, manifest, mask, "bad-value", f"{name} is neither train nor val")
-    ids = n["candidate_id"]
-    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    twice = np.isin(ids, ids[first[counts > 1]]) | (ids < 0)
-    _tell(found, manifest, twice, "duplicate-candidate", "its candidate_id stands in another row too, or is negative")
+        tell(found, manifest, mask, "bad-value", f"{name} is neither train nor val")
 
 
-def _check_order(record: Record, manifest: Manifest, found: Findings) -> None:
-    """Rows must be the shards' rows, shard after shard; within one by series, start and candidate."""
-    shards = record.shards_with_file
+def check_order(shards: Sequence[ShardRecord], keys: Sequence[str], manifest: Manifest, found: Findings) -> None:
+    """Rows must be the shards' rows, shard after shard; within one by series, then by the `keys`, last first."""
     shard = manifest.texts["shard_id"].recode({s.id: k for k, s in enumerate(shards)})
     row = manifest.numbers["shard_row"].astype(np.int64)
     expected_shard = np.repeat(np.arange(len(shards)), [s.rows for s in shards])
     expected_row = np.concatenate([np.arange(s.rows) for s in shards] or [np.empty(0, np.int64)])
     size = min(len(expected_row), manifest.num_rows)
-    _tell(found, manifest, shard < 0, "unknown-shard", "store.json has no such shard")
+    tell(found, manifest, shard < 0, "unknown-shard", "store.json has no such shard")
     wrong = np.zeros(manifest.num_rows, dtype=bool)
     wrong[:size] = (shard[:size] != expected_shard[:size]) | (row[:size] != expected_row[:size])
     wrong[size:] = True
     if wrong.any():
-        _tell(found, manifest, wrong, "bad-order", "isn't where store.json's shards put it")
+        tell(found, manifest, wrong, "bad-order", "isn't where store.json's shards put it")
         return
     uids = manifest.texts["series_uid"]
     place = {uid: k for k, uid in enumerate(sorted(uids.values))}
     series = uids.recode(place)
-    keys = [manifest.numbers[name] for name in ("candidate_id", "start_col", "start_row", "start_index")]
-    order = np.lexsort((*keys, series, shard))
-    _tell(found, manifest, order != np.arange(len(order)), "bad-order", "out of order within its shard")
+    order = np.lexsort((*(manifest.numbers[name] for name in keys), series, shard))
+    tell(found, manifest, order != np.arange(len(order)), "bad-order", "out of order within its shard")
     homes = np.unique(series * max(1, len(shards)) + shard) // max(1, len(shards))
     split = np.isin(series, homes[1:][homes[1:] == homes[:-1]])
-    _tell(found, manifest, split, "bad-order", "its scan is spread over two shards")
+    tell(found, manifest, split, "bad-order", "its scan is spread over two shards")
     subset = np.array([int(match[1]) if (match := SHARD_ID.match(s.id)) else -1 for s in shards], dtype=np.int64)
     other = subset[shard] != manifest.numbers["subset"] if len(shards) else wrong
-    _tell(found, manifest, other, "bad-value", "its subset isn't that of its shard")
+    tell(found, manifest, other, "bad-value", "its subset isn't that of its shard")
 
 
 def _check_ranks(record: Record, manifest: Manifest, found: Findings) -> None:
@@ -167,7 +178,7 @@ def _check_ranks(record: Record, manifest: Manifest, found: Findings) -> None:
         off = (rank < 0) | (rank >= size)
         _, first, counts = np.unique(rank, return_index=True, return_counts=True)
         off |= np.isin(rank, rank[first[counts > 1]])
-        _tell(found, manifest, off, "bad-rank", "size_rank stands twice or is out of range")
+        tell(found, manifest, off, "bad-rank", "size_rank stands twice or is out of range")
         return
     order = np.argsort(rank)
     diameter = np.nan_to_num(n["diameter_mm"][order], nan=0.0, posinf=0.0, neginf=0.0)
@@ -175,30 +186,36 @@ def _check_ranks(record: Record, manifest: Manifest, found: Findings) -> None:
     up = (nodule[1:] > nodule[:-1]) | ((nodule[1:] == nodule[:-1]) & (diameter[1:] > diameter[:-1]))
     mask = np.zeros(size, dtype=bool)
     mask[order[1:][up]] = True
-    _tell(found, manifest, mask, "bad-rank", "is larger than the row ranked before it")
+    tell(found, manifest, mask, "bad-rank", "is larger than the row ranked before it")
     if record.val_stride > 0:
         is_val = manifest.texts["split_candidate"].recode({"val": 1}) == 1
         wrong = is_val != (rank % record.val_stride == 0)
-        _tell(found, manifest, wrong, "bad-split", f"split_candidate isn't every {record.val_stride}th by size_rank")
+        tell(found, manifest, wrong, "bad-split", f"split_candidate isn't every {record.val_stride}th by size_rank")
 
 
-def _check_patients(manifest: Manifest, found: Findings) -> None:
+def check_patients(manifest: Manifest, found: Findings) -> None:
     """All rows of a patient (or of a series without one) must lie on one side of split_series."""
     patient, series = manifest.texts["patient_id"], manifest.texts["series_uid"]
     person = np.where(patient.codes >= 0, patient.codes, len(patient.values) + series.codes)
     is_val = manifest.texts["split_series"].recode({"val": 1}) == 1
     both = np.intersect1d(person[is_val], person[~is_val])
-    _tell(found, manifest, np.isin(person, both), "bad-split", "split_series puts its patient on both sides")
+    tell(found, manifest, np.isin(person, both), "bad-split", "split_series puts its patient on both sides")
 
 
 def _check_against_scans(record: Record, scans: list[dict[str, Any]], manifest: Manifest, found: Findings) -> None:
     scan = manifest.texts["series_uid"].recode({s["series_uid"]: k for k, s in enumerate(scans)})
-    _tell(found, manifest, scan < 0, "unknown-series", "scans.parquet has no good scan of this series")
+    tell(found, manifest, scan < 0, "unknown-series", "scans.parquet has no good scan of this series")
     num_crops = np.bincount(scan[scan >= 0], minlength=len(scans))
     for k, entry in enumerate(scans):
         if entry["num_crops"] != num_crops[k]:
             message = f"num_crops is {entry['num_crops']}, crops.parquet has {num_crops[k]} rows of it"
             found.error("wrong-count", schema.SCANS_FILE, message, series_uid=entry["series_uid"])
+    check_owners(scans, manifest, scan, found)
+    check_windows(record, record.crop_shape, scans, manifest, scan, found)
+
+
+def check_owners(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints, found: Findings) -> None:
+    """Patient and subset must be those of the row's scan, which is number `scan` of `scans` (-1: unknown)."""
     if not scans:
         return
     known = scan >= 0
@@ -207,39 +224,49 @@ def _check_against_scans(record: Record, scans: list[dict[str, Any]], manifest: 
     mine = manifest.texts["patient_id"]
     unknown = (mine.codes >= 0) & (mine.recode(patients) < 0)
     wrong = known & (unknown | (mine.recode(patients) != whose[scan]))
-    _tell(found, manifest, wrong, "bad-value", "patient_id isn't that of its scan")
+    tell(found, manifest, wrong, "bad-value", "patient_id isn't that of its scan")
     subset = np.array([s["subset"] for s in scans], dtype=np.int64)
     wrong = known & (manifest.numbers["subset"] != subset[scan])
-    _tell(found, manifest, wrong, "bad-value", "subset isn't that of its scan")
-    _check_windows(record, scans, manifest, scan, found)
+    tell(found, manifest, wrong, "bad-value", "subset isn't that of its scan")
 
 
-def _check_windows(
-    record: Record, scans: list[dict[str, Any]], manifest: Manifest, scan: Ints, found: Findings
+def check_windows(
+    record: Record,
+    crop_shape: tuple[int, int, int],
+    scans: list[dict[str, Any]],
+    manifest: Manifest,
+    scan: Ints,
+    found: Findings,
 ) -> None:
     """Centre voxel, start and is_padded must follow from the centre, the grid and the parameters."""
+    if not scans:
+        return
     n, known = manifest.numbers, scan >= 0
     sides = np.array([[s[name] for name in _SIDES] for s in scans], dtype=np.int64)[scan]
     centre = np.stack([n[axis].astype(np.int64) for axis in _AXES], axis=1)
     start = np.stack([n[f"start_{axis}"].astype(np.int64) for axis in _AXES], axis=1)
     outside = known & ((centre < 0) | (centre >= sides)).any(axis=1)
-    _tell(found, manifest, outside, "bad-place", "its centre voxel lies outside its scan")
-    off = np.abs(_continuous_irc(scans, manifest, scan) - centre)
+    tell(found, manifest, outside, "bad-place", "its centre voxel lies outside its scan")
+    off = np.abs(continuous_irc(scans, manifest, scan) - centre)
+    if manifest.place == schema.SLABS_FILE:  # a slab of a nodule lies around any slice that its sphere meets
+        thickness = np.array([s["spacing"][2] for s in scans])[scan]
+        off[:, 0] -= np.nan_to_num(n["diameter_mm"] / 2 / thickness)
     with np.errstate(invalid="ignore"):
-        _tell(
+        tell(
             found,
             manifest,
             known & ~(off <= 0.5 + TIE).all(axis=1),
             "bad-place",
             "its centre in mm lies in another voxel",
         )
-    wrong = known & (start != expected_start(centre, sides, record)).any(axis=1)
-    _tell(found, manifest, wrong, "bad-start", f"its start isn't that of --edge {record.edge}")
-    padded = ((start < 0) | (start + record.crop_shape > sides)).any(axis=1)
-    _tell(found, manifest, known & (padded != n["is_padded"]), "bad-value", "is_padded is wrong")
+    wrong = known & (start != expected_start(centre, sides, crop_shape, record.edge)).any(axis=1)
+    tell(found, manifest, wrong, "bad-start", f"its start isn't that of --edge {record.edge}")
+    padded = ((start < 0) | (start + crop_shape > sides)).any(axis=1)
+    tell(found, manifest, known & (padded != n["is_padded"]), "bad-value", "is_padded is wrong")
 
 
-def _continuous_irc(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints) -> npt.NDArray[np.float64]:
+def continuous_irc(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints) -> npt.NDArray[np.float64]:
+    """Centres of all rows in voxels, (n, 3), slice row column; of a row without a scan, anything."""
     to_index = np.array(
         [np.linalg.inv(np.reshape(s["direction"], (3, 3))) / np.reshape(s["spacing"], (3, 1)) for s in scans]
     )
@@ -250,10 +277,10 @@ def _continuous_irc(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints)
     return index[:, ::-1]
 
 
-def expected_start(centre: Ints, sides: Ints, record: Record) -> Ints:
+def expected_start(centre: Ints, sides: Ints, crop_shape: tuple[int, int, int], edge: str) -> Ints:
     """First voxel of the crop of each centre voxel, (..., 3), by the rule of ``--edge``."""
-    width = np.array(record.crop_shape)
+    width = np.array(crop_shape)
     start = centre - width // 2
-    if record.edge == "pad":
+    if edge == "pad":
         return np.asarray(start)
     return np.asarray(np.clip(start, np.minimum(0, sides - width), np.maximum(0, sides - width)))

@@ -5,6 +5,7 @@ Fischer and Brox, "U-Net" (2015). Names and shapes of its parameters are the boo
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -128,6 +129,10 @@ class UNet(nn.Module):
         logits: torch.Tensor = self.unet(self.input_batchnorm(_to_multiple(slabs, self.multiple)))
         return logits[..., :rows, :cols]
 
+    def begin_with(self, probability: float) -> None:
+        """Let a fresh network give about this probability everywhere (Lin et al., "Focal loss", 2017)."""
+        nn.init.constant_(self.unet.last.bias, math.log(probability / (1 - probability)))  # type: ignore[arg-type]
+
     def _init_weights(self) -> None:
         """Draw weights as the book does, with its slip in the biases (see `LunaModel`)."""
         for layer in self.modules():
@@ -142,3 +147,29 @@ def _to_multiple(slabs: torch.Tensor, multiple: int) -> torch.Tensor:
     """Continue rows and columns by their last pixel, to the next multiple."""
     more_rows, more_cols = (-side % multiple for side in slabs.shape[-2:])
     return pad(slabs, (0, more_cols, 0, more_rows), mode="replicate") if more_rows or more_cols else slabs
+
+
+SEGMENTERS: dict[str, Callable[[int, int], nn.Module]] = {"unet": UNet}
+
+
+def build_segmenter(name: str, in_channels: int = CONTEXT, num_classes: int = 1) -> nn.Module:
+    """Make a segmentation network with fresh weights, drawn from torch's own generator.
+
+    Parameters
+    ----------
+    name : str
+        One of `SEGMENTERS`.
+    in_channels : int
+        Slices of context, or colours.
+    num_classes : int
+        Number of logits for each pixel.
+
+    Raises
+    ------
+    UsageError
+        Unknown name, or a number below 1.
+    """
+    if name not in SEGMENTERS:
+        message = f"model must be one of {', '.join(SEGMENTERS)}, got {name!r}"
+        raise UsageError(message)
+    return SEGMENTERS[name](in_channels, num_classes)

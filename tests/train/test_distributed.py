@@ -37,7 +37,12 @@ def test_two_processes_train_as_one(small_store, tmp_path):
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     # a run goes on with another number of processes
-    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"], small_store, tmp_path / "two", "--resume")
+    run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"],
+        small_store,
+        tmp_path / "two",
+        "--resume",
+    )
 
 
 def test_global_batch_norm_of_one_process_is_batch_norm(monkeypatch):

@@ -42,6 +42,8 @@ def manifest() -> pd.DataFrame:
         ("series", "train", None, [0, 1, 2, 3, 4, 5]),
         ("series", "val", None, [6, 7]),
         ("series", "all", None, list(range(8))),
+        ("all", "train", None, list(range(8))),
+        ("all", "val", "is_malignant", [0, 3]),
         ("candidate", "val", None, [0]),
         ("fold:1", "val", None, [2, 3, 4]),
         ("fold:1", "train", None, [0, 1, 5, 6, 7]),
@@ -59,7 +61,7 @@ def test_select_rows(split: str, part: str, label: str | None, expected: list[in
     ("split", "part", "label", "text"),
     [
         ("fold:2", "val", None, "no fold 2, only 0, 1, 3"),
-        ("fold:x", "val", None, "split must be series, candidate or fold:K, got 'fold:x'"),
+        ("fold:x", "val", None, "split must be series, candidate, fold:K or all, got 'fold:x'"),
         ("random", "val", None, "split must be"),
         ("series", "test", None, "part must be one of train, val, all"),
         ("series", "val", "is_malignant", "no val crop of split series has is_malignant"),

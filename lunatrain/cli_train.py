@@ -1,0 +1,281 @@
+"""The training commands: each reads its options, puts a run together, trains, prints. Also what all commands share."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lunatrain.config import TrainConfig
+    from lunatrain.loop import Trainer
+
+table_path = click.Path(path_type=Path, dir_okay=False, exists=True)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+store_path = click.Path(path_type=Path)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+_CLASSIFIERS = "residual or luna (the book's).  [default: residual]"
+SMALL = 0.01
+"""Smaller figures are shown with two digits."""
+_AMP = click.Choice(["auto", "bf16", "fp16", "off"])
+
+
+def all_of(*options: "Callable[[Any], Any]") -> "Callable[[Any], Any]":
+    """Several options as one decorator, in their order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _run_options(unit: str, batch_size: int, model: str, augment: str) -> "Callable[[Any], Any]":
+    """Options of every training command; those that differ between them say so in their help."""
+    return all_of(
+        click.option(
+            "--store", type=store_path, help="The store's folder or its crops.h5.  [default: crops.h5, or the run's]"
+        ),
+        click.option("--out", "run", type=click.Path(path_type=Path, file_okay=False),
+                     help="Folder of the run.  [default: runs/TIME-TASK]"),
+        click.option("--split", help="series, candidate, fold:K, or all: nothing is held out.  [default: series]"),
+        click.option("--epochs", type=int, help="[default: 10]"),
+        click.option("--samples", type=int, help=f"Samples of an epoch.  [default: every training {unit} once]"),
+        click.option("--batch-size", type=int, help=f"Of all processes together.  [default: {batch_size}]"),
+        click.option("--augment", metavar="LIST",
+                     help=f"flip,offset,scale,rotate,noise; '' for none.  [default: {augment}]"),
+        click.option("--model", help=model),
+        click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), help="[default: adamw]"),
+        click.option("--lr", type=float, help="Learning rate, the highest of a one-cycle schedule."),
+        click.option("--schedule", type=click.Choice(["one-cycle", "constant"]), help="[default: one-cycle]"),
+        click.option("--patience", type=int,
+                     help="Stop after so many epochs without a better score.  [default: never]"),
+        click.option("--amp", type=_AMP, help="Mixed precision.  [default: auto: on CUDA only]"),
+        click.option("--compile/--no-compile", default=None, help="torch.compile the model.  [default: no]"),
+        device_option,
+        click.option("--io", type=click.Choice(["auto", "mmap", "willneed", "pread"]),
+                     default="auto", show_default=True,
+                     help="How crops are read: mmap from memory, willneed from a cold disk, pread over a network."),
+        click.option("--seed", type=int, help="[default: 0]"),
+        click.option("--resume", is_flag=True,
+                     help="Go on with the run (--out, else the newest) from its last good checkpoint."),
+        json_option,
+    )  # fmt: skip
+
+
+@click.command()
+@_run_options("crop", 32, _CLASSIFIERS, "all")
+@click.option(
+    "--preset", type=click.Choice(["book-ch11", "book-ch12"]), help="The book's settings; others override them."
+)
+@click.option("--target", type=click.Choice(["nodule", "malignant"]), help="What to learn.  [default: nodule]")
+@click.option(
+    "--balanced/--no-balanced", default=None, help="As many nodules as others in a batch.  [default: balanced]"
+)
+@click.option("--ratio", type=int, help="Negatives for each positive, where balanced.  [default: 1]")
+@click.option(
+    "--shuffle",
+    type=click.Choice(["all", "shards"]),
+    help="With --no-balanced: mix all crops, or those of some shards at a time, for a store larger than memory."
+    "  [default: all]",
+)
+@click.option(
+    "--init", type=table_path, help="Start from the weights of a checkpoint, or of a .state file of the book."
+)
+@click.option("--finetune", type=int, metavar="N", help="Train the last N stages of the model alone.  [default: all]")
+def cls(**options: Any) -> None:
+    """Train a classifier on the crops of a store.
+
+    Writes checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard events into the run's folder. Ctrl-C leaves a
+    checkpoint; --resume goes on as if nothing had happened. On several GPUs: torchrun --nproc-per-node gpu -m
+    lunatrain cls ...
+
+    \b
+    Example:
+        lunatrain cls --store store/crops.h5
+        lunatrain cls --store store/crops.h5 --preset book-ch12 --samples 20000 --epochs 5
+        lunatrain cls --store store/crops.h5 --resume
+    """
+    _train("cls", _config, **options)
+
+
+@click.command()
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Learn this folder's images instead: train/ and test/, each inputs/NAME.png and outputs/NAME.png.",
+)
+@_run_options("slab", 16, "unet (the book's).  [default: unet]", "all, with offset=0.03")
+@click.option("--preset", type=click.Choice(["book-ch13"]), help="The book's settings; others override them.")
+@click.option("--loss", type=click.Choice(["dice-bce", "book"]), help="[default: dice-bce]")
+@click.option("--side", type=int, help="Side of the windows trained on.  [default: 64, of images 128]")
+@click.option(
+    "--balanced/--no-balanced", default=None, help="As many slabs with a nodule as without.  [default: balanced]"
+)
+@click.option("--ratio", type=int, help="Slabs without a nodule for each with one, where balanced.  [default: 1]")
+@click.option("--prior", type=float, help="Probability a fresh network begins with.  [default: 0.02]")
+@click.option("--val-slices", type=int, help="Most whole slices to validate on; 0 for no limit.  [default: 600]")
+@click.option(
+    "--init", type=table_path, help="Start from the weights of a checkpoint, or of a .state file of the book."
+)
+def seg(images: Path | None, store: Path | None, **options: Any) -> None:
+    """Train a U-Net to find the voxels of nodules, or the classes of an image's pixels.
+
+    Learns windows of the store's slabs (a slice with three more on each side), and is judged on whole slices of
+    held-out scans. Writes what 'cls' writes, and predictions/ (green right, red wrongly marked, orange missed) and
+    curves.png.
+
+    \b
+    Example:
+        lunatrain seg --store store/crops.h5
+        lunatrain seg --images cells --epochs 40
+        lunatrain seg --resume
+    """
+    if images is not None and store is not None:
+        message = "--store and --images: choose one of them"
+        raise click.UsageError(message)
+    make_config = _seg_config if images is None else _image_config
+    _train("seg", make_config, store=images or store, **options)
+
+
+@click.command()
+@_run_options("crop", 32, _CLASSIFIERS, "all")
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, exists=True),
+    help="A run of 'cls', or a checkpoint, to go on from.  [default: the newest run of cls]",
+)
+@click.option("--finetune", type=int, metavar="N", help="Last stages that learn; 1 is the linear layer.  [default: 2]")
+def mal(init: Path | None, resume: bool, **options: Any) -> None:
+    """Fine-tune a nodule classifier to tell malignant nodules from benign ones.
+
+    Learns the last stages anew from the nodules whose malignancy is known (half malignant, a quarter benign, a quarter
+    other candidates); what is frozen keeps its batch-norm statistics. The score is taken on nodules alone: 'lunatrain
+    eval' puts the AUC of their diameter beside it.
+
+    \b
+    Example:
+        lunatrain mal --store store/crops.h5 --init runs/2026-11-22_10.00.00-cls
+        lunatrain eval runs/2026-11-22_11.00.00-mal
+    """
+    from lunatrain import training
+
+    if not resume:
+        init = training.best_of(init or training.newest_run("cls"))
+        options["model"] = options["model"] or training.model_of(init)
+    _train("mal", _mal_config, init=init, resume=resume, **options)
+
+
+def _train(
+    name: str,
+    make_config: "Callable[[dict[str, Any]], TrainConfig]",
+    *,
+    store: Path | None,
+    run: Path | None,
+    device: str,
+    io: Any,
+    init: Path | None,
+    resume: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    from lunatrain import segmentation, training
+    from lunatrain.distributed import join_processes
+
+    home: Any = segmentation if name == "seg" else training
+    with join_processes(device) as processes:
+        if resume:
+            run = run or training.newest_run(name)
+            options = training.TrainOptions(store or training.store_of(run), run, device, None, io, processes)
+            trainer, loaded = home.resume_training(options)
+            progress = trainer.progress
+            if processes.is_first:
+                click.echo(f"{loaded.path}: going on at epoch {progress.epoch + 1}, step {progress.step}", err=True)
+        else:
+            run = run or Path(processes.agree(str(training.new_run(name))))
+            options = training.TrainOptions(store or Path("crops.h5"), run, device, init, io, processes)
+            trainer = home.open_training(options, make_config(settings))
+            if processes.is_first:
+                training.note_store(options)
+                if trainer.run.config.split == "all":
+                    click.echo("lunatrain: --split all: figures are those of the training crops themselves", err=True)
+        _run_to_the_end(trainer, as_json)
+
+
+def _run_to_the_end(trainer: "Trainer", as_json: bool) -> None:
+    """Train, and print the best epoch."""
+    from lunatrain.log import RunLog, read_metrics
+    from lunatrain.loop import train
+
+    run = trainer.run.path
+    if not trainer.run.processes.is_first:
+        train(trainer, None)
+        return
+    with RunLog(run) as log:
+        log.forget_after(trainer.progress.samples)
+        done = train(trainer, log, show_progress=True)
+    best = next(line for line in read_metrics(run) if line["part"] == "val" and line["epoch"] == done.best_epoch)
+    if as_json:
+        print_json({"run": str(run), "epochs": done.epoch, "samples": done.samples, **best})
+    else:
+        shown = [name for name in trainer.run.task.shown if name in best]
+        figures = ", ".join(f"{name} {_figure(best[name])}" for name in shown)
+        click.echo(f"{run}: best epoch {done.best_epoch + 1} of {done.epoch}: {figures}")
+
+
+def _config(settings: dict[str, Any]) -> "TrainConfig":
+    from lunatrain.config import PRESETS, TrainConfig
+
+    preset = settings.pop("preset")
+    return _changed(PRESETS[preset] if preset else TrainConfig(), settings)
+
+
+def _seg_config(settings: dict[str, Any]) -> "TrainConfig":
+    from lunatrain.segmentation_config import SEG_PRESETS, SegConfig
+
+    preset = settings.pop("preset")
+    return _changed(SEG_PRESETS[preset] if preset else SegConfig(), settings)
+
+
+def _image_config(settings: dict[str, Any]) -> "TrainConfig":
+    from lunatrain.segmentation_config import IMAGES
+
+    settings.pop("preset")
+    return _changed(IMAGES, settings)
+
+
+def _changed(base: "TrainConfig", settings: dict[str, Any]) -> "TrainConfig":
+    """Settings with those replaced that were given."""
+    from dataclasses import replace
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "target" in given:
+        given["target"] = f"is_{given['target']}"
+    balanced = given.pop("balanced", None)
+    if balanced is not None:
+        given.setdefault("ratio", max(1, base.ratio) if balanced else 0)
+    return replace(base, **given)
+
+
+def _mal_config(settings: dict[str, Any]) -> "TrainConfig":
+    from dataclasses import replace
+
+    from lunatrain.config import MALIGNANCY
+
+    return replace(MALIGNANCY, **{name: value for name, value in settings.items() if value is not None})
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= SMALL or not value else f"{value:.2g}"
