@@ -20,10 +20,10 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
+import deflate
 import h5py
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its own name for itself
-from isal import isal_zlib
 
 from lunaprep.build import BuildOptions, build
 from lunaprep.parameters import Parameters
@@ -111,7 +111,7 @@ def encoder(store: Path) -> float:
                 planes.append(values.reshape(-1).view(np.uint8).reshape(-1, 4).T.copy())
     start = time.perf_counter()
     for plane in planes:
-        isal_zlib.compress(plane, DEFLATE_LEVEL)
+        deflate.zlib_compress(plane, DEFLATE_LEVEL)
     return time.perf_counter() - start
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,17 @@ def digest(value: Any) -> str:
 
 def hash_file(path: Path, name: str = "sha256") -> str:
     """Hash of a file's bytes, hexadecimal; `name` is ``sha256`` or ``xxh3_128``."""
+    return hash_files((path,), name)
+
+
+def hash_files(paths: Iterable[Path], name: str = "sha256") -> str:
+    """Hash of the bytes of several files, one after another, as `hash_file` gives it of one."""
     hasher: Any = hashlib.sha256() if name == "sha256" else xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        block = memoryview(bytearray(BLOCK_BYTES))
-        while count := file.readinto(block):
-            hasher.update(block[:count])
+    block = memoryview(bytearray(BLOCK_BYTES))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                hasher.update(block[:count])
     return str(hasher.hexdigest())
 
 

@@ -72,6 +72,7 @@ def test_global_batch_norm_of_one_process_is_batch_norm(monkeypatch):
 def test_one_process_needs_no_group():
     alone = Processes()
     assert alone.sum({"a": 1.0}) == {"a": 1.0}
-    assert alone.any(True) and not alone.any(False)
+    assert alone.any(True)
+    assert not alone.any(False)
     assert alone.agree("x") == "x"
     alone.wait()
