@@ -208,7 +208,13 @@ class _bar:  # noqa: N801
 )
 @click.option("--subsets", type=_Subsets(), help="Subsets to take, such as 0-9 or 0,3.  [default: all there are]")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: the cores, as far as memory allows]")
-@click.option("--source", type=click.Choice(["luna16"]), default="luna16", show_default=True, help="Kind of data set.")
+@click.option(
+    "--source",
+    type=click.Choice(["luna16", "dicom", "lidc", "lung-pet-ct-dx"]),
+    default="luna16",
+    show_default=True,
+    help="Kind of data set.",
+)
 @click.option(
     "--candidates", type=_table_path, help="[default: candidates_V2.csv, else candidates.csv, in the data folder]"
 )
@@ -276,6 +282,7 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
     wanted = BuildOptions(
         data=_data_folder(options["data"]),
         out=options["out"],
+        source=options["source"],
         subsets=options["subsets"],
         tables=tables,
         volumes=options["volumes"],
@@ -384,29 +391,38 @@ def info(store: Path | None, as_json: bool) -> None:
 @_store_argument
 @click.option("--candidate", type=int, metavar="ID", help="Draw this candidate's crop (candidate_id of the manifest).")
 @click.option("--series", metavar="UID", help="Draw this series with its candidates; the end of the UID is enough.")
+@click.option(
+    "--worst",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="RUN",
+    help="Draw the crops this run of lunatrain was most wrong about, as its last 'lunatrain eval' has it.",
+)
 @click.option("--out", type=_file_path, required=True, help="PNG file to write.")
-def show(store: Path | None, candidate: int | None, series: str | None, out: Path) -> None:
+def show(store: Path | None, candidate: int | None, series: str | None, worst: Path | None, out: Path) -> None:
     """Draw crops or a series of STORE as a PNG, in lung window.
 
-    Without --candidate or --series: an overview, nodules beside candidates that are none.
+    Without --candidate, --series or --worst: an overview, nodules beside candidates that are none.
 
     \b
     Example:
         lunaprep show store --out overview.png
         lunaprep show store --candidate 4711 --out candidate.png
         lunaprep show store --series 821260 --out series.png
+        lunaprep show store --worst runs/2026-11-22_10.00.00-cls --out worst.png
     """
     from lunaprep import pictures
     from lunaprep.store.reader import open_store
 
-    if candidate is not None and series is not None:
-        message = "--candidate and --series: choose one of them"
+    if sum(choice is not None for choice in (candidate, series, worst)) > 1:
+        message = "--candidate, --series and --worst: choose one of them"
         raise UsageError(message)
     opened = open_store(store or Path())
     if candidate is not None:
         pictures.candidate_picture(opened, candidate, out)
     elif series is not None:
         pictures.series_picture(opened, series, out)
+    elif worst is not None:
+        pictures.worst_picture(opened, worst, out)
     else:
         pictures.overview_picture(opened, out)
     click.echo(str(out))

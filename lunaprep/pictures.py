@@ -26,7 +26,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.style import context as style_context
 
-from lunaprep import info
+from lunaprep import info, worst
 from lunaprep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -390,13 +390,17 @@ def candidate_picture(store: "Store", candidate_id: int, out: Path) -> None:
     draw_crop(store.crops(np.array([row]))[0], text, spacing, out, diameter, info.crop_centers(record)[0], flips)
 
 
-def _draw_rows(store: "Store", rows: npt.NDArray[np.int64], title: str, out: Path) -> None:
-    """Montage of manifest rows."""
+def _draw_rows(
+    store: "Store", rows: npt.NDArray[np.int64], title: str, out: Path, notes: Sequence[str] | None = None
+) -> None:
+    """Montage of manifest rows, with a note each in front of their captions."""
     if not len(rows):
         msg = f"{title.splitlines()[0]}: nothing to draw; the store has neither crops nor, for a series, a volume"
         raise UsageError(msg)
     table = store.manifest.iloc[rows]
     captions = [info.candidate_caption(record) for _, record in table.iterrows()]
+    if notes is not None:
+        captions = [f"{note} · {caption}" for note, caption in zip(notes, captions, strict=True)]
     draw_montage(list(store.crops(rows)), captions, title, out, list(table["is_nodule"]), info.crop_centers(table))
 
 
@@ -426,3 +430,13 @@ def overview_picture(store: "Store", out: Path, num: int = 24) -> None:
     _check_out(out)
     rows, title = info.overview_rows(store.manifest, num)
     _draw_rows(store, rows, title, out)
+
+
+def worst_picture(store: "Store", run: Path, out: Path, num: int = 24) -> None:
+    """Draw the crops a run was most wrong about into `out`: nodules it called unlikely, others it believed."""
+    _check_out(out)
+    path = worst.newest_predictions(run)
+    predicted = worst.predicted_rows(store.manifest, path)
+    rows, probability = worst.worst_rows(predicted, num)
+    title = f"{run}: nodules of lowest, then others of highest probability\n{path.name} of {len(predicted):,} crops"
+    _draw_rows(store, rows, title, out, [f"p {value:.3f}" for value in probability])

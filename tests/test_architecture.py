@@ -19,7 +19,7 @@ PREP_LAYERS = [
     ["splits", "sources"],
     ["manifest", "scan_pass", "shard_work", "verify"],
     ["slabs", "plan", "finished", "carried"],
-    ["parallel", "account", "assemble", "info", "download"],
+    ["parallel", "account", "assemble", "info", "worst", "download"],
     ["build", "pictures"],
     ["cli"],
     ["__main__"],
