@@ -16,6 +16,8 @@ from lunatrain.errors import UsageError
 from lunatrain.models import prepare_for
 from lunatrain.training import load_model
 
+LEAST_ODDS = 1e-6
+"""No opinion is taken as surer than a million to one."""
 BATCH = 16
 """Crops at a time: 5 MB of voxels, and what a network makes of them."""
 
@@ -101,6 +103,26 @@ def classify(
         logits = classifier.model(crops.to(device).float().contiguous(memory_format=torch.channels_last_3d))
         parts.append(torch.softmax(logits.float(), dim=1)[:, 1].double().cpu().numpy())
     return np.concatenate(parts)
+
+
+def joint_probability(
+    classified: npt.NDArray[np.float64], segmented: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """One probability from two opinions, (n,): the mean of their log-odds.
+
+    The classifier sees the surroundings, the segmentation each voxel; their mistakes differ, and on 20 held-out hard
+    phantoms the mean found more than either (docs/detect.md). The book takes the classifier's word alone.
+
+    Parameters
+    ----------
+    classified, segmented : ndarray, (n,)
+        Probability of the classifier, and the highest of the segmentation in the candidate.
+
+    >>> joint_probability(np.array([0.8, 0.5]), np.array([0.2, 0.9])).round(2)
+    array([0.5 , 0.75])
+    """
+    odds = [np.log(p) - np.log1p(-p) for p in (np.clip(p, LEAST_ODDS, 1 - LEAST_ODDS) for p in (classified, segmented))]
+    return np.asarray(1 / (1 + np.exp(-(odds[0] + odds[1]) / 2)))
 
 
 def _crop_shape(path: Path) -> tuple[int, int, int]:

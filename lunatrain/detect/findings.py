@@ -23,7 +23,7 @@ from lunatrain.marks import MARK_COLUMNS, XYZ
 FINDINGS_CSV, FINDINGS_JSON = "findings.csv", "findings.json"
 COLUMNS = (
     "series_uid", *XYZ, "probability", "malignancy", "diameter_mm", "index", "row", "col", "is_finding", "number",
-    "volume_mm3", "num_voxels", "segmentation_score",
+    "volume_mm3", "num_voxels", "segmentation_score", "classifier_probability",
 )  # fmt: skip
 DIAMETER_NOTE = (
     "diameters are estimates: those of spheres of the segmented volume; they are too large where a vessel or the wall "
@@ -95,7 +95,12 @@ class ScanResult:
 
 
 def candidate_table(
-    series_uid: str, candidates: Candidates, geometry: Geometry, probability: Floats, threshold: float
+    series_uid: str,
+    candidates: Candidates,
+    geometry: Geometry,
+    probability: Floats,
+    threshold: float,
+    classified: Floats | None = None,
 ) -> pd.DataFrame:
     """Table of a scan's candidates, the most probable first; malignancy is not known yet (NaN).
 
@@ -109,6 +114,8 @@ def candidate_table(
         Of being a nodule.
     threshold : float
         From which probability on a candidate is a finding.
+    classified : ndarray, (n,), optional
+        The classifier's share in it; default the same.
     """
     xyz = geometry.irc_to_xyz(candidates.center_irc).reshape(-1, 3)
     voxel = np.rint(candidates.center_irc).astype(np.int64)
@@ -125,6 +132,7 @@ def candidate_table(
         "volume_mm3": candidates.volume_mm3,
         "num_voxels": candidates.num_voxels,
         "segmentation_score": candidates.score,
+        "classifier_probability": probability if classified is None else classified,
     }
     table = pd.DataFrame(columns).iloc[order]  # the index stays the candidate's place in `candidates`
     return table.assign(number=np.arange(len(table)) + 1)

@@ -17,7 +17,7 @@ from lunaprep.errors import ScanError
 from lunaprep.lungs import lung_mask
 from lunatrain import __version__
 from lunatrain.dense import channels_of
-from lunatrain.detect.classifying import Classifier, checkpoint_of, classify, load_classifier
+from lunatrain.detect.classifying import Classifier, checkpoint_of, classify, joint_probability, load_classifier
 from lunatrain.detect.findings import (
     DIAMETER_NOTE,
     FINDINGS_CSV,
@@ -298,8 +298,9 @@ def _search_one(
         box = hu[lungs.box] if detector.grouping.weight in ("intensity", "both") else None
         candidates = group(probability, geometry.spacing_irc, detector.grouping, lungs.near, box, lungs.start_irc)
     with _timed(stages, "classify"):
-        nodule = classify(detector.classifier, hu, candidates.center_irc)
-    table = candidate_table(scan.series_uid, candidates, geometry, nodule, detector.threshold)
+        classified = classify(detector.classifier, hu, candidates.center_irc)
+    nodule = joint_probability(classified, candidates.score)
+    table = candidate_table(scan.series_uid, candidates, geometry, nodule, detector.threshold, classified)
     if detector.malignancy is not None:
         with _timed(stages, "malignancy"):
             table = _with_malignancy(table, detector.malignancy, hu, candidates)

@@ -19,7 +19,7 @@ FOUND, REJECTED, GROUPED_AWAY, NOT_SEGMENTED = "found", "rejected", "grouped_awa
 OUTSIDE_LUNGS, OUTSIDE_SCAN, SCAN_FAILED = "outside_lungs", "outside_scan", "scan_failed"
 FATES = {
     FOUND: "found: a finding hits it",
-    REJECTED: "rejected: a candidate hits it, the classifier's probability is below the threshold",
+    REJECTED: "rejected: a candidate hits it, its probability is below the threshold",
     GROUPED_AWAY: "grouped away: voxels of it were segmented, no candidate hits it (size, merging, limit)",
     NOT_SEGMENTED: "not segmented: no voxel of it reached the segmentation's threshold",
     OUTSIDE_LUNGS: "outside the lungs: the lung mask and its margin do not reach it",
