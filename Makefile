@@ -7,14 +7,20 @@ SOURCES := $(shell find lunaprep lunatrain manifests -name '*.py' -o -name '*.to
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/installed  ## A synthetic LUNA16 through build, verify, info and pictures, in demo/
+demo: .venv/installed-train  ## A synthetic LUNA16 from scans to findings, in demo/: build, verify, train, evaluate, detect
 	rm -rf demo
-	$(BIN)/lunaprep phantom demo/data
-	$(BIN)/lunaprep build --data demo/data --out demo/store
+	$(BIN)/lunaprep phantom demo/data --scans 30 --size 64 160 160
+	$(BIN)/lunaprep build --data demo/data --out demo/store --val-stride 4
 	$(BIN)/lunaprep verify demo/store
 	$(BIN)/lunaprep info demo/store
 	$(BIN)/lunaprep show demo/store --out demo/overview.png
-	@echo; echo "Open demo/overview.png: nodules beside candidates that are none. The store is demo/store."
+	$(BIN)/lunatrain cls --store demo/store/crops.h5 --epochs 5 --out demo/runs/cls
+	$(BIN)/lunatrain eval demo/runs/cls
+	$(BIN)/lunatrain seg --store demo/store/crops.h5 --epochs 5 --samples 600 --out demo/runs/seg
+	$(BIN)/lunaprep phantom demo/new --scans 1 --size 64 160 160 --seed 11
+	$(BIN)/lunatrain detect demo/new --seg demo/runs/seg --cls demo/runs/cls --annotations demo/new/annotations.csv \
+	    --excluded demo/new/annotations_excluded.csv --out demo/findings
+	@echo; echo "Look at demo/overview.png, demo/runs/cls/eval-series-val/report.html and demo/findings/report.html."
 
 test: .venv/installed-dev  ## All tests, against the installed package
 	cd tests && ../$(BIN)/pytest
@@ -43,12 +49,19 @@ clean:  ## Remove what was made here, .venv too
 	$(BIN)/pip install --quiet --constraint constraints.txt .
 	touch $@
 
-.venv/dependencies-dev: .venv/dependencies
+.venv/dependencies-train: .venv/dependencies
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[train]'
+	touch $@
+
+.venv/dependencies-dev: .venv/dependencies-train
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[train,dev]'
 	touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	touch $@
+
+.venv/installed-train: .venv/dependencies-train .venv/installed
 	touch $@
 
 .venv/installed-dev: .venv/dependencies-dev .venv/installed

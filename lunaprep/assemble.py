@@ -113,7 +113,7 @@ def _splits(plan: Plan, scans: pd.DataFrame) -> dict[str, str]:
 
 def _scan_rows(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> pd.DataFrame:
     found = {item.series_uid: item for item in plan.source.scans}
-    jobs = {job.scan.series_uid: job.scan for shard in plan.shards for job in shard.jobs}
+    jobs = {job.scan.series_uid: job for shard in plan.shards for job in shard.jobs}
     done = [record for receipt in receipts for record in receipt.scans]
     done += [ScanRecord(item.found.series_uid, "failed", item.reason) for item in plan.failed]
     rows = [

@@ -18,7 +18,9 @@ from lunaprep.parallel import run_tasks
 from lunaprep.parameters import Parameters
 from lunaprep.plan import Plan, decide, make_plan
 from lunaprep.shard_work import ShardTask, staged_receipt, staged_volume, worker_bytes
-from lunaprep.sources.luna16 import TablePaths, read_source
+from lunaprep.sources.csv_tables import write_tables
+from lunaprep.sources.known import read_data
+from lunaprep.sources.luna16 import TablePaths
 from lunaprep.store.commit import build_lock, commit, recover
 from lunaprep.store.files import write_file
 from lunaprep.store.receipt import Receipt
@@ -37,10 +39,14 @@ class BuildOptions:
 
     data: Path
     out: Path
+    source: str = "luna16"
     subsets: tuple[int, ...] | None = None
     tables: TablePaths = field(default_factory=TablePaths)
     volumes: bool = True
     targets: bool = True
+    csv: Path | None = None
+    """Folder that gets the source's tables too, as LUNA16 has them."""
+
     limit: int | None = None
     workers: int | None = None
     progress: bool = False
@@ -98,6 +104,8 @@ def build(options: BuildOptions, parameters: Parameters) -> Account:
         new = assemble(plan, receipts, carried)
         _publish(options.out, new, receipts)
         shutil.rmtree(work / "tmp", ignore_errors=True)
+        if options.csv:
+            write_tables(plan.source, options.csv)
         return make_account(about, plan, receipts, new.record, time.monotonic() - start)
 
 
@@ -116,9 +124,11 @@ def _planned_subsets(plan: Plan) -> set[int]:
 def _plan(options: BuildOptions, parameters: Parameters, record: Mapping[str, Any] | None) -> tuple[Plan, SeenInputs]:
     subsets = options.subsets
     if subsets is not None:  # what the store has besides, and the data folder still holds, is kept up to date too
-        known = {number for number in store_subsets(options.out) if (options.data / f"subset{number}").is_dir()}
-        subsets = tuple(sorted({*subsets, *known}))
-    source = read_source(options.data, subsets, options.tables)
+        held = store_subsets(options.out)
+        if options.source == "luna16":
+            held = {number for number in held if (options.data / f"subset{number}").is_dir()}
+        subsets = tuple(sorted({*subsets, *held}))
+    source = read_data(options.source, options.data, subsets, options.tables)
     plan = make_plan(source, parameters, volumes=options.volumes, targets=options.targets, limit=options.limit)
     finished, seen = find_finished(options.out, record), SeenInputs(options.out)
     _check_nothing_lost(plan, finished)

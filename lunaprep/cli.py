@@ -242,6 +242,8 @@ class _bar:  # noqa: N801
               help="Slabs that show no nodule, for each one that does, about.")  # fmt: skip
 @click.option("--lungs", type=click.Path(path_type=Path, file_okay=False, exists=True),
               help="Folder of lung masks, UID.mhd.  [default: seg-lungs-LUNA16, if there; else computed]")  # fmt: skip
+@click.option("--csv", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder to write the source's tables to, as LUNA16's; the FROC reads them.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Take the first so many scans only.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @_json_option
@@ -287,6 +289,7 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
         tables=tables,
         volumes=options["volumes"],
         targets=options["targets"],
+        csv=options["csv"],
         limit=options["limit"],
         workers=options["workers"],
         progress=True,

@@ -19,7 +19,7 @@ from lunaprep.store.receipt import Receipt, read_receipt, receipt_bytes
 SEEN_FILE = "inputs.json"
 
 Stamp = tuple[int, int]
-"""Size and time of last change (ns) of a file."""
+"""Size and time of last change (ns) of a file; of several, the sums."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class SeenInputs:
         path = str(scan.data_path)
         if path not in self._stamps:
             try:
-                stat = scan.data_path.stat()
-                self._stamps[path] = (stat.st_size, stat.st_mtime_ns)
+                stats = [file.stat() for file in scan.data_paths]
+                self._stamps[path] = (sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats))
             except OSError:
                 self._stamps[path] = (-1, -1)
         return self._stamps[path]

@@ -7,10 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lunaprep import schema
 from lunaprep.candidates import XYZ, match_annotations, size_order
 from lunaprep.crops import is_padded, window_starts
 from lunaprep.parameters import Parameters
 from lunaprep.scans.scan import Scan
+from lunaprep.shard_plan import ScanJob
 from lunaprep.sources.source import FoundScan, SourceData
 from lunaprep.splits import largest_nodules, split_by_rank, split_by_series
 from lunaprep.store.receipt import Receipt, ScanRecord
@@ -53,7 +55,7 @@ def _outside_line(row: "pd.Series[Any]", center: npt.NDArray[np.int64], scan: Sc
 
 
 def _add_nodules(rows: pd.DataFrame, source: SourceData, rule: str) -> pd.DataFrame:
-    """Add diameter_mm, annotation_id, is_malignant and patient_id."""
+    """Add diameter_mm, annotation_id, is_malignant, subtype and patient_id."""
     annotations = source.annotations
     match = match_annotations(rows, annotations, rule)
     hit = match >= 0
@@ -61,14 +63,18 @@ def _add_nodules(rows: pd.DataFrame, source: SourceData, rule: str) -> pd.DataFr
     diameter = np.full(len(rows), np.nan)
     annotation_id = pd.array([pd.NA] * len(rows), dtype="Int64")
     malignant = pd.array([pd.NA] * len(rows), dtype="boolean")
+    subtype = np.full(len(rows), None, dtype=object)
     if hit.any():
         diameter[hit] = annotations["diameter_mm"].to_numpy()[safe[hit]]
         annotation_id[hit] = annotations["annotation_id"].to_numpy()[safe[hit]]
         malignant[hit] = malignancy_of(annotations, source.malignancy)[safe[hit]]
+        if "subtype" in annotations:
+            subtype[hit] = annotations["subtype"].to_numpy(dtype=object)[safe[hit]]
     return rows.assign(
         diameter_mm=diameter,
         annotation_id=annotation_id,
         is_malignant=malignant,
+        subtype=subtype,
         patient_id=rows["series_uid"].map(source.patients).astype(object),
     )
 
@@ -135,9 +141,11 @@ def complete_rows(rows: pd.DataFrame, splits: Mapping[str, str], val_stride: int
 
 
 def scan_row(
-    found: FoundScan, record: ScanRecord, scan: Scan | None, source: SourceData, crop_shape: tuple[int, int, int]
+    found: FoundScan, record: ScanRecord, job: ScanJob | None, source: SourceData, crop_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """One row of scans.parquet; `scan` is None where not even the header could be read."""
+    """One row of scans.parquet; `job` is None where not even the header could be read."""
+    scan = job.scan if job else None
+    is_drawn = bool(job and record.lungs and any(nodule.drawn for nodule in job.nodules))
     row: dict[str, Any] = {
         "series_uid": found.series_uid,
         "patient_id": source.patients.get(found.series_uid),
@@ -151,6 +159,8 @@ def scan_row(
         "hu_max": record.hu_max,
         "clipped_share": record.clipped_share,
         "num_crops": record.num_crops,
+        "study_uid": source.studies.get(found.series_uid),
+        "mask_source": schema.MASK_SOURCES[0] if is_drawn else None,
         "lung_box": list(record.lungs.box) if record.lungs and record.lungs.box else None,
     }
     names = ("num_slices", "num_rows", "num_cols")

@@ -28,11 +28,33 @@ MARGIN_MM = 1.0
 
 
 @dataclass(frozen=True)
+class DrawnMask:
+    """A mask that people drew: its first voxel (slice, row, column), its shape, and its voxels, eight to a byte."""
+
+    start: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    bits: bytes
+
+    @classmethod
+    def of(cls, start: tuple[int, int, int], mask: Mask) -> "DrawnMask":
+        """Pack a mask (slices, rows, columns) whose first voxel is `start`."""
+        slices, rows, columns = mask.shape
+        return cls(start, (slices, rows, columns), np.packbits(mask).tobytes())
+
+    @property
+    def mask(self) -> Mask:
+        """The voxels, (slices, rows, columns) bool."""
+        bits = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=int(np.prod(self.shape)))
+        return bits.reshape(self.shape).astype(bool)
+
+
+@dataclass(frozen=True)
 class Nodule:
-    """An annotated nodule on a scan's grid: centre voxel (slice, row, column; with fractions) and size."""
+    """An annotated nodule on a scan's grid: centre voxel (slice, row, column; with fractions), size, mask if drawn."""
 
     center_irc: tuple[float, float, float]
     diameter_mm: float
+    drawn: DrawnMask | None = None
 
     def radii_irc(self, spacing: Sequence[float]) -> npt.NDArray[np.float64]:
         """Reach of its mask along slice, row, column, voxels: radius and margin, or half a voxel's more if larger."""
@@ -60,6 +82,9 @@ class NoduleRegion:
         high = np.maximum(np.floor(center + reach), nearest).astype(np.int64) + 1
         self.start: tuple[int, ...] = tuple(low.tolist())
         self.stop: tuple[int, ...] = tuple(np.minimum(high, geometry.shape_irc).tolist())
+        if nodule.drawn:
+            self.start = nodule.drawn.start
+            self.stop = tuple(a + n for a, n in zip(self.start, nodule.drawn.shape, strict=True))
         self._level = np.zeros([b - a for a, b in zip(self.start, self.stop, strict=True)], dtype=np.uint8)
 
     def take(self, slab: npt.NDArray[Any], first: int) -> None:
@@ -72,6 +97,8 @@ class NoduleRegion:
 
     def mask(self) -> Mask:
         """The nodule's voxels in the box, at least one."""
+        if self._nodule.drawn:
+            return self._nodule.drawn.mask
         index = np.ogrid[tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))]
         offset = [at - c for at, c in zip(index, self._nodule.center_irc, strict=True)]
         mm = self._spacing[::-1]

@@ -58,7 +58,7 @@ class Plan:
     outside: tuple[str, ...]
     num_absent: int
     notes: tuple[str, ...] = ()
-    """A line for each lung mask that cannot be used, as far as known from its header."""
+    """What the source says of itself, and a line for each lung mask that cannot be used, as far as known now."""
 
     @property
     def to_do(self) -> tuple[ShardPlan, ...]:
@@ -149,7 +149,7 @@ def make_plan(
         failed=failed,
         outside=outside,
         num_absent=num_absent,
-        notes=notes,
+        notes=(*source.notes, *notes),
     )
 
 
@@ -203,8 +203,7 @@ def _open_all(found: Sequence[FoundScan], root: Path) -> tuple[dict[str, Scan], 
                     f"{item.path.name} is there twice: also as {os.path.relpath(item.twin, root)}. Remove one of them"
                 )
                 raise ScanError(message)
-            # the subset's own folder is the limit: it may be a link to another disk
-            scans[item.series_uid] = open_scan(item.path, item.path.parent)
+            scans[item.series_uid] = item.open()
         except ScanError as error:
             failed.append(FailedScan(item, str(error)))
     return scans, tuple(failed)
@@ -220,7 +219,7 @@ def _jobs(
     source: SourceData, parameters: Parameters, scans: Mapping[str, Scan], rows: pd.DataFrame
 ) -> tuple[dict[str, ScanJob], pd.DataFrame, tuple[str, ...]]:
     """What is to be done with each scan, the rows of all slabs, and a line for each lung mask that is of no use."""
-    nodules = scan_nodules(source.annotations, scans)
+    nodules = scan_nodules(source.annotations, scans, source.masks)
     slabs = plan_slabs(source, parameters, scans, nodules, rows)
     lungs, notes = _open_lungs(source.lungs, scans)
     members, slabs_of = rows.groupby("series_uid").indices, slabs.groupby("series_uid").indices
@@ -255,7 +254,9 @@ def _open_lungs(folder: Path | None, scans: Mapping[str, Scan]) -> tuple[dict[st
 
 def _targets_key(source_key: Mapping[str, object], nodules: Iterable[Nodule], lungs: Scan | None) -> str:
     rules = {"method": TARGETS_METHOD, "hu": [THRESHOLD_HU, TISSUE_HU], "margin": MARGIN_MM}
-    places = [[*nodule.center_irc, nodule.diameter_mm] for nodule in nodules]
+    places: list[list[object]] = [
+        [*nodule.center_irc, nodule.diameter_mm, *([repr(nodule.drawn)] if nodule.drawn else [])] for nodule in nodules
+    ]
     given = [lungs.header_xxh3, lungs.data_bytes] if lungs else None
     return digest({**source_key, **rules, "nodules": places, "lungs": given})
 

@@ -59,17 +59,23 @@ FILL = {"int16": -32768, "float32": float("nan"), "uint8": 255}
 EDGES = ("shift", "pad")
 MATCHES = ("radius", "book")
 SPLITS = ("train", "val")
+MASK_SOURCES = ("contours",)
 STATUSES = ("ok", "failed")
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a Parquet table: its Arrow type, whether it may be null, and what it means."""
+    """One column of a Parquet table: its Arrow type, whether it may be null, and what it means.
+
+    An optional one comes last, may be null, and is left out of a table in which no row has a value: so stores made
+    before there was such a column, and those that have no use for it, are as they were.
+    """
 
     name: str
     type: str
     nullable: bool
     doc: str
+    optional: bool = False
 
 
 MANIFEST_COLUMNS = (
@@ -98,6 +104,7 @@ MANIFEST_COLUMNS = (
     Column("shard_id", "string", False, "shard that holds the crop"),
     Column("shard_row", "int32", False, "row of the crop in its shard"),
     Column("xxh3", "uint64", False, "XXH3-64 of the crop's stored bytes"),
+    Column("subtype", "string", True, "kind of tumour of its nodule, as the source's letter; optional", True),
 )
 
 SCAN_COLUMNS = (
@@ -130,6 +137,10 @@ SCAN_COLUMNS = (
         "XXH3-64 of each stored chunk, in row-major order; of /hu, then where made of /nodule_mask and /lung_mask",
     ),
     Column("lung_box", "list<int32>", True, "lung bounding box, start and stop irc, where made"),
+    Column("study_uid", "string", True, "study of the series, where known; optional", True),
+    Column(
+        "mask_source", "string", True, "contours: readers drew nodules of its mask; null: threshold; optional", True
+    ),
 )
 
 

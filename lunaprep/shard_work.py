@@ -13,7 +13,7 @@ from lunaprep.errors import NoSpaceError, ScanError
 from lunaprep.scan_pass import BATCH_CROPS, BATCHES, SLAB_SLICES, WINDOW_SLABS, Cut, PassFacts, pass_over
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_plan import ScanJob, ShardPlan
-from lunaprep.store.files import digest, hash_file, publish, write_file
+from lunaprep.store.files import digest, hash_files, publish, write_file
 from lunaprep.store.receipt import LungRecord, Receipt, ScanRecord, SlabRecord, VolumeRecord, receipt_bytes
 from lunaprep.store.shard import ShardWriter
 from lunaprep.store.slab_writer import SlabWriter, no_slabs
@@ -87,11 +87,11 @@ def _same_scans(task: ShardTask, receipt: Receipt) -> bool:
     for count, job in enumerate(task.shard.jobs):
         _say(task, count, job.scan.series_uid)
         record = done[job.scan.series_uid]
-        files = [(job.scan.data_path, record.data_xxh3)]
+        files = [(job.scan.data_paths, record.data_xxh3)]
         if job.lungs and record.lungs and record.lungs.given_xxh3:
-            files.append((job.lungs.data_path, record.lungs.given_xxh3))
+            files.append((job.lungs.data_paths, record.lungs.given_xxh3))
         try:
-            if any(hash_file(path, "xxh3_128") != said for path, said in files):
+            if any(hash_files(paths, "xxh3_128") != said for paths, said in files):
                 return False
         except OSError:
             return False
@@ -214,7 +214,7 @@ def _failed(scan: Scan, reason: str, *, retry: bool) -> ScanRecord:
     data_xxh3 = None
     if not retry:  # so that the next build knows whether the file has been mended
         try:
-            data_xxh3 = hash_file(scan.data_path, "xxh3_128")
+            data_xxh3 = hash_files(scan.data_paths, "xxh3_128")
         except OSError:
             retry = True
     return ScanRecord(scan.series_uid, "failed", reason, retry, scan.data_bytes, data_xxh3)

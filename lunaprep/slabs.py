@@ -16,7 +16,7 @@ from lunaprep import schema
 from lunaprep.candidates import XYZ, match_annotations
 from lunaprep.crops import is_padded, window_starts
 from lunaprep.manifest import CENTER, START
-from lunaprep.masks import MARGIN_MM, Nodule
+from lunaprep.masks import MARGIN_MM, DrawnMask, Nodule
 from lunaprep.parameters import Parameters
 from lunaprep.scans.scan import Scan
 from lunaprep.sources.source import SourceData
@@ -32,14 +32,16 @@ CLEAR_MM = MARGIN_MM + 1.0
 """How far outside every annotated nodule a negative must lie."""
 
 
-def scan_nodules(annotations: pd.DataFrame, scans: Mapping[str, Scan]) -> dict[str, dict[int, Nodule]]:
+def scan_nodules(
+    annotations: pd.DataFrame, scans: Mapping[str, Scan], drawn: Mapping[int, DrawnMask]
+) -> dict[str, dict[int, Nodule]]:
     """Annotated nodules by series and annotation_id; those whose centre voxel lies outside their scan are left out."""
     found: dict[str, dict[int, Nodule]] = {uid: {} for uid in scans}
     columns = ["series_uid", "annotation_id", "diameter_mm", *XYZ]
     for uid, number, diameter, *xyz in annotations[columns].itertuples(index=False):
         if uid in scans and scans[uid].geometry.contains_irc(scans[uid].geometry.nearest_irc(xyz)):
             i, r, c = scans[uid].geometry.xyz_to_irc(xyz).tolist()
-            found[uid][int(number)] = Nodule((i, r, c), float(diameter))
+            found[uid][int(number)] = Nodule((i, r, c), float(diameter), drawn.get(int(number)))
     return found
 
 

@@ -74,7 +74,7 @@ def _run_options(unit: str, batch_size: int, model: str, augment: str) -> "Calla
 
 
 @click.command()
-@_run_options("crop", 32, _CLASSIFIERS, "all")
+@_run_options("crop", 32, _CLASSIFIERS, "flip,rotate")
 @click.option(
     "--preset", type=click.Choice(["book-ch11", "book-ch12"]), help="The book's settings; others override them."
 )
@@ -149,7 +149,7 @@ def seg(images: Path | None, store: Path | None, **options: Any) -> None:
 
 
 @click.command()
-@_run_options("crop", 32, _CLASSIFIERS, "all")
+@_run_options("crop", 32, _CLASSIFIERS, "flip,rotate")
 @click.option(
     "--init",
     type=click.Path(path_type=Path, exists=True),

@@ -14,7 +14,7 @@ def _require(holds: bool, name: str, got: object, expected: str) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. The defaults are a first choice, not yet a measured one; see docs/training.md.
+    """Settings of a run. How the defaults were chosen: docs/training.md.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class TrainConfig:
     shuffle: Literal["all", "shards"] = "all"
     with_others: bool = False
     finetune: int = 0
-    augment: str = "flip,offset,scale,rotate,noise"
+    augment: str = "flip,rotate"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-3
     momentum: float = 0.9

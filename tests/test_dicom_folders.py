@@ -91,7 +91,21 @@ def test_lesions_become_rows_with_their_subtype(folder):
 
 def test_a_mirror_image_inside_a_lesion_is_no_negative(folder):
     box_file(folder, 3, (15, 25), (10, 20))
-    assert read_lung_pet_ct_dx(folder).candidates["is_nodule"].tolist() == [True]
+    with pytest.raises(
+        UsageError, match="all candidates are 'nodule': such runs reach 100 % accuracy and mean nothing"
+    ):
+        read_lung_pet_ct_dx(folder)
+    box_file(folder, 6, (2, 8), (10, 20))
+    assert read_lung_pet_ct_dx(folder).candidates["is_nodule"].tolist() == [True, True, False]
+
+
+def test_one_subtype_alone_is_noted_and_two_are_not(folder):
+    box_file(folder, 3, (2, 8), (10, 20), "A")
+    (note, *others) = read_lung_pet_ct_dx(folder).notes[::-1]
+    assert note == "all subtypes are 'A': training on them would mean nothing"
+    assert others == [f"left out series …{PET_UID[-12:]}: PT, 8 images"]
+    box_file(folder, 6, (2, 8), (10, 20), "G")
+    assert len(read_lung_pet_ct_dx(folder).notes) == 1
 
 
 def test_boxes_of_another_data_set(folder):
@@ -125,6 +139,29 @@ def test_two_studies_of_one_patient_share_a_fold(folder):
     assert SHAPE[0] == 6
 
 
+def test_copies_of_a_reading_and_readings_of_xrays_are_no_faults(folder):
+    def reading(malignancy, header=""):
+        sides = ((10, 10), (20, 10), (20, 20), (10, 20), (10, 10))
+        edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in sides)
+        outline = f"<roi><imageZposition>{ORIGIN[2] + GAP}</imageZposition>{edges}</roi>"
+        traits = f"<characteristics><malignancy>{malignancy}</malignancy></characteristics>"
+        session = f"<readingSession><unblindedReadNodule>{traits}{outline}</unblindedReadNodule></readingSession>"
+        uid = f"<ResponseHeader>{header}<SeriesInstanceUid>{SERIES_UID}</SeriesInstanceUid></ResponseHeader>"
+        return f'<LidcReadMessage xmlns="http://www.nih.gov">{uid}{3 * session}</LidcReadMessage>'
+
+    (folder / "1.xml").write_text(reading(4))
+    (folder / "2.xml").write_text(reading(4, "<Message>again</Message>").replace("><", ">\n<"))
+    (folder / "x.xml").write_text('<?xml version="1.0"?><IdriReadMessage xmlns="http://www.nih.gov/idri"/>')
+    data = read_lidc(folder)
+    assert not data.faults
+    assert len(data.annotations) == 1
+    assert list(data.masks) == [0]
+    (folder / "3.xml").write_text(reading(5))
+    (fault,) = read_lidc(folder).faults
+    assert "another reading" in str(fault)
+    assert "1.xml, which is taken" in str(fault)
+
+
 @pytest.mark.shared_data
 def test_real_lidc(shared_data):
     data = read_lidc(shared_data / "dicom" / "lidc")
@@ -134,6 +171,8 @@ def test_real_lidc(shared_data):
     assert data.candidates["is_nodule"].sum() == 1
     assert (~data.candidates["is_nodule"]).sum() > 10
     assert sorted(data.patients.values()) == ["LIDC-IDRI-0001", "LIDC-IDRI-0002"]
+    assert data.excluded["diameter_mm"].isna().sum() == 73
+    assert data.excluded["diameter_mm"].dropna().round(2).tolist() == [23.32]
     assert not data.faults
 
 

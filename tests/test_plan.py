@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lunaprep.plan
+import lunaprep.sources.source
 from lunaprep.errors import ScanError, UsageError
 from lunaprep.geometry import IDENTITY, Geometry
 from lunaprep.parameters import Parameters, parameters_from_json
@@ -71,7 +71,7 @@ def scans(monkeypatch):
             raise scan
         return scan
 
-    monkeypatch.setattr(lunaprep.plan, "open_scan", open_scan)
+    monkeypatch.setattr(lunaprep.sources.source, "open_scan", open_scan)
     return known
 
 

@@ -45,7 +45,7 @@ def voxels() -> np.ndarray:
 
 
 def manifest() -> pd.DataFrame:
-    frame = pd.DataFrame({c.name: pd.Series([0] * TOTAL) for c in MANIFEST_COLUMNS})
+    frame = pd.DataFrame({c.name: pd.Series([None if c.optional else 0] * TOTAL) for c in MANIFEST_COLUMNS})
     names = [name for name, count in ROWS.items() for _ in range(count)]
     rows = [k for count in ROWS.values() for k in range(count)]
     texts = dict.fromkeys(("series_uid", "patient_id", "split_series", "split_candidate"), "x")

@@ -212,6 +212,22 @@ def test_table_of_another_schema_is_a_store_error(tmp_path, change):
         read_table(path, MANIFEST_COLUMNS)
 
 
+def test_an_optional_column_without_a_value_is_left_out_and_comes_back_empty(tmp_path):
+    path = tmp_path / "t.parquet"
+    plain_columns = [c for c in SCAN_COLUMNS if not c.optional]
+    frame = frame_of(SCAN_COLUMNS, 5)
+    for names in (["study_uid", "mask_source"], ["study_uid"]):
+        path.write_bytes(table_bytes(frame.assign(**dict.fromkeys(names)), SCAN_COLUMNS))
+        got = pq.read_schema(path).names
+        assert got == [c.name for c in SCAN_COLUMNS if c.name not in names]
+        back = read_table(path, SCAN_COLUMNS)
+        assert back.columns.tolist() == [c.name for c in SCAN_COLUMNS]
+        assert back["study_uid"].isna().all()
+    bare = frame[[c.name for c in plain_columns]]
+    assert table_bytes(bare, SCAN_COLUMNS) == table_bytes(bare, plain_columns)
+    assert [c.optional for c in SCAN_COLUMNS] == sorted(c.optional for c in SCAN_COLUMNS)
+
+
 def test_every_column_has_a_type_the_writer_knows():
     for columns in (MANIFEST_COLUMNS, SCAN_COLUMNS):
         assert arrow_schema(columns).names == [c.name for c in columns]

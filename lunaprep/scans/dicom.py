@@ -21,6 +21,7 @@ from lunaprep.geometry import FloatArray, Geometry
 from lunaprep.scans import gate
 from lunaprep.scans.dicom_header import HeaderError, SliceHeader, read_header
 from lunaprep.scans.gate import fault, shown
+from lunaprep.scans.scan import Scan
 
 GAP_MM, GAP_SHARE, GAP_LIMIT = 0.1, 0.05, 0.25
 """A slice may be off by 0.1 mm + 5 % of the gap (what dicom2nifti lets pass: positions are often rounded to
@@ -80,26 +81,20 @@ class DicomFolder:
 
 
 @dataclass(frozen=True)
-class DicomScan:
+class DicomScan(Scan):
     """A checked series: one grid, its slices in the order of the grid; no pixel has been read.
 
-    Names and meanings are those of `lunaprep.scans.scan.Scan`; ``dtype`` holds every HU the bits can hold.
+    `path` is the series' folder; ``dtype`` holds every HU the bits can hold.
     `data_bytes` is the sum over all files; their hash is of all bytes of all files in the order of the slices.
     """
 
-    series_uid: str
-    path: Path
-    geometry: Geometry
-    dtype: "np.dtype[Any]"
-    data_bytes: int
-    header_xxh3: str
     slices: tuple[SliceHeader, ...]
     study_uid: str | None
     patient_id: str | None
 
     @property
     def data_paths(self) -> tuple[Path, ...]:
-        """Files that hold the voxels."""
+        """Files that hold the voxels, in the order of the grid."""
         return tuple(item.real_path for item in self.slices)
 
 
@@ -182,8 +177,10 @@ def describe(series: DicomSeries) -> DicomScan:
         path=series.folder,
         geometry=gate.checked_grid(series.folder, geometry),
         dtype=_dtype(slices),
+        data_path=slices[0].real_path,
         data_bytes=sum(item.num_bytes for item in slices),
         header_xxh3=sums.hexdigest(),
+        reader="dicom",
         slices=slices,
         study_uid=series.study_uid,
         patient_id=series.patient_id,

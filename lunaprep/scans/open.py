@@ -3,7 +3,7 @@
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def iter_slabs(scan: Scan, num_slices: int, hasher: xxhash.xxh3_128 | None = Non
     num_slices : int
         Slices in a slab; the last slab may have fewer.
     hasher : xxhash.xxh3_128, optional
-        Gets all bytes of ``scan.data_path``, in order, by the time the iterator is exhausted.
+        Gets all bytes of ``scan.data_paths``, in order, by the time the iterator is exhausted.
 
     Yields
     ------
@@ -102,13 +102,21 @@ def iter_slabs(scan: Scan, num_slices: int, hasher: xxhash.xxh3_128 | None = Non
         msg = f"num_slices is {num_slices}, expected 1 or more"
         raise ValueError(msg)
     start = 0
-    slabs = _mapped if scan.reader == "map" else _decoded
-    for slab in slabs(scan, num_slices, hasher):
+    for slab in _reader_of(scan)(scan, num_slices, hasher):
         if slab.dtype.kind == "f":
             _check_finite(scan, slab, start)
         slab.flags.writeable = False
         start += len(slab)
         yield slab
+
+
+def _reader_of(scan: Scan) -> Callable[[Any, int, xxhash.xxh3_128 | None], Iterator[npt.NDArray[Any]]]:
+    """Generator of slabs for a scan's kind of storage."""
+    if scan.reader == "dicom":
+        from lunaprep.scans import dicom_pixels
+
+        return dicom_pixels.iter_slabs
+    return _mapped if scan.reader == "map" else _decoded
 
 
 def read_voxels(scan: Scan) -> npt.NDArray[Any]:

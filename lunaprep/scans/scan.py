@@ -29,9 +29,10 @@ class Scan:
         Size of that file.
     header_xxh3 : str
         XXH3-128 of the header's bytes, hexadecimal.
-    reader : {"map", "simpleitk"}
+    reader : {"map", "simpleitk", "dicom"}
         ``map``: the file is exactly the voxels in C order and is memory-mapped.
         ``simpleitk``: SimpleITK decodes it as a whole.
+        ``dicom``: a file a slice; `lunaprep.scans.dicom.DicomScan` names them, `data_path` is the first.
     """
 
     series_uid: str
@@ -41,4 +42,9 @@ class Scan:
     data_path: Path
     data_bytes: int
     header_xxh3: str
-    reader: Literal["map", "simpleitk"]
+    reader: Literal["map", "simpleitk", "dicom"]
+
+    @property
+    def data_paths(self) -> tuple[Path, ...]:
+        """Files that hold the voxels, in the order in which they are read and hashed."""
+        return (self.data_path,)

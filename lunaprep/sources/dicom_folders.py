@@ -7,7 +7,7 @@ takes the checked scan, or the reason why there is none, without opening a file 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import pandas as pd
 
 from lunaprep.candidates import RowFault, read_annotations, read_candidates
 from lunaprep.errors import ScanError, TableError, UsageError
+from lunaprep.masks import DrawnMask
 from lunaprep.scans.dicom import MODALITY, DicomScan, DicomSeries, describe, find_series
-from lunaprep.sources.lidc_nodules import Finding, check_reading, find_findings
-from lunaprep.sources.lidc_xml import Reading, read_reading
+from lunaprep.sources.lidc_nodules import Finding, check_reading, consensus_mask, find_findings
+from lunaprep.sources.lidc_xml import Reading, is_xray_reading, read_reading, same_marks
 from lunaprep.sources.source import FoundScan, InputFile, SourceData, input_file
 from lunaprep.sources.voc_xml import LesionBox, SliceBoxes, index_boxes, join_boxes, read_boxes
 
@@ -53,6 +54,12 @@ class FoundSeries(FoundScan):
 
     scan: DicomScan | None = None
     reason: str | None = None
+
+    def open(self) -> DicomScan:
+        """Hand out the scan that was checked when it was found."""
+        if self.scan is None:
+            raise ScanError(self.reason or "not a scan")
+        return self.scan
 
 
 @dataclass(frozen=True)
@@ -137,11 +144,14 @@ def read_lidc(root: Path) -> SourceData:
     """LIDC-IDRI: DICOM series and the readers' XML files, anywhere below a folder.
 
     Nodules of at least three readers are annotations and positive candidates; the readers' non-nodules are negative
-    ones, unless they lie in a nodule. What fewer readers outlined, and nodules under 3 mm, are neither.
+    ones, unless they lie in a nodule. What fewer readers outlined, and nodules under 3 mm, are neither. All that is no
+    annotation is an excluded finding, as in LUNA16.
     """
     folder = find_scans(root)
     annotations: list[dict[str, Any]] = []
     candidates: list[dict[str, Any]] = []
+    excluded: list[dict[str, Any]] = []
+    masks: dict[int, DrawnMask] = {}
     readings, faults = _readings(root, folder.scans)
     for uid, scan in sorted(folder.scans.items()):
         reading = readings.get(uid)
@@ -154,13 +164,19 @@ def read_lidc(root: Path) -> SourceData:
             faults.append(RowFault(reading.path.name, 1, str(error)))
             continue
         sure = [item for item in findings if item.kind == "nodule"]
+        for number, item in enumerate(sure, len(annotations)):
+            placed = consensus_mask(item.nodule, scan.geometry) if item.nodule else None
+            if placed and placed[1].any():
+                masks[number] = DrawnMask.of(*placed)
         annotations += [_annotation(uid, item.xyz, item.diameter_mm) | _opinion(item) for item in sure]
         candidates += [_candidate(uid, item.xyz, True) for item in sure]
+        excluded += [_annotation(uid, item.xyz, item.diameter_mm) for item in findings if item.kind != "nodule"]
         candidates += [_candidate(uid, xyz, False) for xyz in negatives(findings)]
     malignancy = _annotation_frame(annotations, {"is_malignant": "bool"})
     tables = [_annotation_frame(annotations), _candidate_frame(candidates)]
     inputs = _inputs("readings", root, [reading.path for reading in readings.values()])
-    return _source(root, folder, tables, malignancy, [inputs], faults)
+    data = _source(root, folder, tables, malignancy, [inputs], faults)
+    return replace(data, masks=masks, excluded=_annotation_frame(excluded))
 
 
 def read_lung_pet_ct_dx(root: Path) -> SourceData:
@@ -173,6 +189,8 @@ def read_lung_pet_ct_dx(root: Path) -> SourceData:
     ------
     TableError
         No box matches a slice.
+    UsageError
+        All candidates are of one class.
     """
     folder = find_scans(root)
     boxes: list[SliceBoxes] = []
@@ -198,8 +216,12 @@ def read_lung_pet_ct_dx(root: Path) -> SourceData:
             annotations.append(_annotation(uid, centre, longest) | {"subtype": lesion.subtype})
             candidates.append(_candidate(uid, centre, True))
         candidates += [_candidate(uid, xyz, False) for xyz in mirrored(lesions, scan)]
+    check_labels(("nodule" if item["is_nodule"] else "none" for item in candidates), "candidates")
+    kinds = sorted({item["subtype"] for item in annotations})
+    notes = () if len(kinds) > 1 else (f"all subtypes are {kinds[0]!r}: training on them would mean nothing",)
     tables = [_annotation_frame(annotations, {"subtype": "object"}), _candidate_frame(candidates)]
-    return _source(root, folder, tables, None, [_inputs("boxes", root, [item.path for item in boxes])], faults)
+    data = _source(root, folder, tables, None, [_inputs("boxes", root, [item.path for item in boxes])], faults)
+    return replace(data, notes=(*data.notes, *notes))
 
 
 def negatives(findings: Sequence[Finding]) -> list[Xyz]:
@@ -248,19 +270,24 @@ def check_labels(labels: Iterable[object], what: str) -> None:
 
 
 def _readings(root: Path, scans: Mapping[str, DicomScan]) -> tuple[dict[str, Reading], list[RowFault]]:
-    """Readings of the scans by series; of two files for one series the first by name counts, the other is a fault."""
+    """Readings of the scans by series; of two for one series the first by path counts, another that differs is a fault.
+
+    Readings of X-ray pictures are passed over.
+    """
     readings: dict[str, Reading] = {}
     faults = []
     for path in sorted(root.rglob("*.xml")):
         try:
             reading = read_reading(path)
         except TableError as error:
-            faults.append(RowFault(path.name, 1, str(error)))
+            if not is_xray_reading(path):
+                faults.append(RowFault(path.name, 1, str(error)))
             continue
         if reading.series_uid in readings:
-            first = readings[reading.series_uid].path.name
-            text = f"a second reading of series …{reading.series_uid[-12:]}, after {first}"
-            faults.append(RowFault(path.name, 1, text))
+            first = readings[reading.series_uid]
+            if not same_marks(first, reading):
+                text = f"another reading of series …{reading.series_uid[-12:]} than {first.path.name}, which is taken"
+                faults.append(RowFault(path.name, 1, text))
         elif reading.series_uid in scans:
             readings[reading.series_uid] = reading
     return readings, faults
@@ -324,4 +351,6 @@ def _source(
         patients={uid: patient for uid, patient in patients.items() if patient},
         files=tuple(files),
         faults=tuple(faults),
+        studies={uid: scan.study_uid for uid, scan in folder.scans.items() if scan.study_uid},
+        notes=tuple(f"left out {line}" for line in folder.left_out),
     )

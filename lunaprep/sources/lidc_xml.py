@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lunaprep.safe_xml import Element, read_xml, xml_fault
 
 ROOT, NAMESPACE = "LidcReadMessage", "http://www.nih.gov"
+XRAY_ROOT = b"<IdriReadMessage"
 MAX_READERS = 4
 MAX_PIXEL = 4096
 MAX_ABS_MM = 1e5
@@ -70,6 +71,21 @@ def read_reading(path: Path) -> Reading:
         raise xml_fault(path, f"it has {len(sessions)} reading sessions, expected 1 to {MAX_READERS}")
     marks = tuple(mark for reader, session in enumerate(sessions) for mark in _marks(path, reader, session))
     return Reading(path, series_uid, root.value("ResponseHeader", "StudyInstanceUID"), len(sessions), marks)
+
+
+def is_xray_reading(path: Path) -> bool:
+    """Whether a file is the collection's reading of an X-ray picture: no fault, but of no use here."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return XRAY_ROOT in file.read(4096)
+
+
+def same_marks(one: Reading, other: Reading) -> bool:
+    """Whether two files say the same of a scan, as copies in the collection do under other headers."""
+    sessions = (path.read_bytes().partition(b"<readingSession")[2] for path in (one.path, other.path))
+    first, second = (b"".join(text.split()) for text in sessions)
+    return first == second
 
 
 def _marks(path: Path, reader: int, session: Element) -> Iterator[ReaderMark]:

@@ -1,12 +1,16 @@
 """What every source hands over: scans found on disk, and the tables that speak of them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lunaprep.candidates import RowFault
+from lunaprep.masks import DrawnMask
+from lunaprep.scans.open import open_scan
+from lunaprep.scans.scan import Scan
 from lunaprep.store.files import hash_file
 
 
@@ -18,6 +22,17 @@ class FoundScan:
     subset: int
     path: Path
     twin: Path | None = None
+
+    def open(self) -> Scan:
+        """Check the scan's header.
+
+        Raises
+        ------
+        ScanError
+            It cannot be used.
+        """
+        # the subset's own folder is the limit: it may be a link to another disk
+        return open_scan(self.path, self.path.parent)
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,8 @@ def input_file(role: str, path: Path) -> InputFile:
 class SourceData:
     """Everything a build needs to know before a voxel is read.
 
-    `candidates`, `annotations` and `malignancy` have the columns that `lunaprep.candidates` gives them;
-    `patients` maps series to patient where known.
+    `candidates`, `annotations` and `malignancy` have the columns that `lunaprep.candidates` gives them; annotations
+    may have a text column `subtype` too. `patients` and `studies` map series to patient and study where known.
     """
 
     root: Path
@@ -58,3 +73,11 @@ class SourceData:
     faults: tuple[RowFault, ...]
     lungs: Path | None = None
     """Folder with masks of the lungs, each named as its scan."""
+    masks: Mapping[int, DrawnMask] = field(default_factory=dict)
+    """Nodules' masks that people drew, by annotation_id; the others' are found by threshold."""
+    studies: Mapping[str, str] = field(default_factory=dict)
+    excluded: pd.DataFrame | None = None
+    """Findings that are neither nodule nor certainly none, columns as `annotations`; diameter NaN where unknown."""
+
+    notes: tuple[str, ...] = ()
+    """What a user should know of the data that is no fault of it, a line each."""

@@ -42,11 +42,11 @@ def table_bytes(frame: pd.DataFrame, columns: Sequence[schema.Column]) -> bytes:
     Parameters
     ----------
     frame : DataFrame
-        Has all the columns; others are left out.
+        Has all the columns but optional ones; others are left out.
     columns : sequence of schema.Column
         Names, types and order.
     """
-    wanted = arrow_schema(columns)
+    wanted = arrow_schema([c for c in columns if not c.optional or (c.name in frame and frame[c.name].notna().any())])
     arrays = [pa.array(frame[field.name], type=field.type, from_pandas=field.nullable) for field in wanted]
     table = pa.Table.from_arrays(arrays, schema=wanted)
     buffer = io.BytesIO()
@@ -56,6 +56,8 @@ def table_bytes(frame: pd.DataFrame, columns: Sequence[schema.Column]) -> bytes:
 
 def read_table(path: Path, columns: Sequence[schema.Column]) -> pd.DataFrame:
     """Read one of the store's tables, its page checksums verified; nullable columns get pandas' nullable types.
+
+    An optional column that is not there comes back without a value.
 
     Raises
     ------
@@ -70,15 +72,19 @@ def read_table(path: Path, columns: Sequence[schema.Column]) -> pd.DataFrame:
         first = ascii(str(error).splitlines()[0][:160])[1:-1]
         message = f"{path.name} cannot be read: {first}. Run 'lunaprep verify', then 'lunaprep build' again"
         raise StoreError(message) from error
-    if not table.schema.equals(arrow_schema(columns)):
+    there = [column for column in columns if not column.optional or column.name in table.column_names]
+    if not table.schema.equals(arrow_schema(there)):
         message = f"{path.name} has other columns than format {schema.FORMAT_VERSION}. Run 'lunaprep build' again"
         raise StoreError(message)
     frame: pd.DataFrame = table.to_pandas()
     for column in columns:
+        if column not in there:
+            frame[column.name] = pd.Series([None] * len(frame), index=frame.index, dtype=object)
+            continue
         if column.nullable and column.type in ("bool", "int64", "int32"):
             dtype = {"bool": "boolean", "int64": "Int64", "int32": "Int32"}[column.type]
             frame[column.name] = table[column.name].to_pandas(types_mapper=_nullable).astype(dtype)
-    return frame
+    return frame[[column.name for column in columns]]
 
 
 def _nullable(kind: Any) -> Any:

@@ -5,6 +5,7 @@ process. This is verify's own short look at a header, apart from the builder's.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -96,9 +97,15 @@ def _voxel_bytes(fields: dict[str, str]) -> int:
 
 def hash_voxels(source: Source, meter: Meter) -> str:
     """XXH3-128 of the voxel file, hexadecimal."""
+    return hash_many([source.voxels], meter)
+
+
+def hash_many(paths: Sequence[Path], meter: Meter) -> str:
+    """XXH3-128 of the bytes of several files, one after another, hexadecimal."""
     digest = xxhash.xxh3_128()
-    with open(open_plain(source.voxels.parent, source.voxels.name), "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            meter.add(len(block))
+    for path in paths:
+        with open(open_plain(path.parent, path.name), "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+                meter.add(len(block))
     return digest.hexdigest()

@@ -21,6 +21,9 @@ Voxels = npt.NDArray[np.uint8]
 REACH_MM = 1.0
 """How far beyond its annotated sphere a nodule's mask may reach; or half a voxel, where that is more."""
 
+DRAWN_RADII = 4.0
+"""How far from its centre a mask that readers drew may reach, in radii: of a spindle eight times longer than wide."""
+
 SLACK = 1e-6
 
 
@@ -128,10 +131,11 @@ def _check_slabs(
             message = f"{voxels} nodule voxels in its middle slice, slabs.parquet has {said}"
             found.error("mask-differs", place, message, **whose)
         start = [int(slabs.numbers[f"start_{axis}"][k]) for axis in ("index", "row", "col")]
-        outside, met = _against_spheres(mask, start, places, scan["spacing"])
+        radii = DRAWN_RADII if scan["mask_source"] else 1.0
+        outside, met = _against_spheres(mask, start, places, scan["spacing"], radii)
         seen |= met
         if outside:
-            message = f"{outside} voxels lie beyond {REACH_MM} mm of every annotated nodule"
+            message = f"{outside} voxels lie beyond {radii:g} radii and {REACH_MM} mm of every annotated nodule"
             found.error("mask-differs", place, message, **whose)
         if nodules is not None and not np.array_equal(mask, _box(nodules, start)):
             found.error("mask-differs", place, f"isn't the volume's /{schema.NODULE_MASK_DATASET} there", **whose)
@@ -169,13 +173,15 @@ def _against_spheres(
     start: list[int],
     places: dict[int, tuple[npt.NDArray[np.float64], float]],
     spacing: list[float],
+    radii: float,
 ) -> tuple[int, set[int]]:
-    """How many voxels lie outside all nodules' reach, and which nodules have one within their radius."""
+    """How many voxels lie outside all nodules' reach, so many radii, and which nodules have one within these."""
     voxels = np.argwhere(mask) + start
     mm = np.array(spacing[::-1])
     outside = np.ones(len(voxels), dtype=bool)
     met: set[int] = set()
-    for number, (centre, radius) in places.items():
+    for number, (centre, one_radius) in places.items():
+        radius = radii * one_radius
         offset = (voxels - centre) * mm
         reach = radius + np.maximum(REACH_MM, mm / 2)
         nearest = (np.rint(centre) == voxels).all(axis=1)  # of a nodule smaller than a voxel

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lunaprep import schema
 from lunaprep.verify.findings import Findings
-from lunaprep.verify.gate import Source, find_source, hash_voxels
+from lunaprep.verify.gate import Source, find_source, hash_many, hash_voxels
 from lunaprep.verify.hashing import Meter
 from lunaprep.verify.places import BadFileError, open_plain
 from lunaprep.verify.record import Record, ShardRecord
@@ -54,8 +54,7 @@ def check_source(
     for k, scan in enumerate(scans):
         number = sum(len(rows[k]) for rows in by_table)
         try:
-            source = find_source(data, scan["file"])
-            image, voxels = _read(data, source, scan, meter)
+            image, voxels = _read_any(data, scan, meter)
         except BadFileError as bad:
             _tell_unread(bad, scan, number, found)
             continue
@@ -86,6 +85,38 @@ def _tell_unread(bad: BadFileError, scan: dict[str, Any], num_crops: int, found:
     else:
         code = bad.code if bad.code.startswith("source-") else "source-unreadable"
         found.error(code, scan["file"], f"{bad}; its {num_crops} crops were not cut again", **whose)
+
+
+def _read_any(data: Path, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
+    if (data / scan["file"]).is_dir():
+        return _read_series(data, scan, meter)
+    return _read(data, find_source(data, scan["file"]), scan, meter)
+
+
+def _read_series(data: Path, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
+    """A DICOM series, told apart, sorted and read by GDCM; its files are hashed in that order."""
+    import SimpleITK
+
+    itk: Any = SimpleITK
+
+    root, folder = Path(os.path.realpath(data)), Path(os.path.realpath(data / scan["file"]))
+    if not folder.is_relative_to(root):
+        code, message = "source-unreadable", f"{scan['file']} leads out of the data folder"
+        raise BadFileError(code, message)
+    itk.ProcessObject.GlobalWarningDisplayOff()
+    reader = itk.ImageSeriesReader()
+    names = reader.GetGDCMSeriesFileNames(str(folder), scan["series_uid"], False, True)
+    if not names:
+        code, message = "missing-file", f"no file of the series in {scan['file']}"
+        raise BadFileError(code, message)
+    got = hash_many([Path(name) for name in names], meter)
+    if got != scan["data_xxh3"]:
+        code, said = "source-changed", scan["data_xxh3"]
+        message = f"its files were changed since: xxh3 {got:.12}…, expected {said:.12}…"
+        raise BadFileError(code, message)
+    reader.SetFileNames(names)
+    image: Any = reader.Execute()
+    return image, itk.GetArrayViewFromImage(image)
 
 
 def _read(data: Path, source: Source, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:

@@ -49,7 +49,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Manifest:
-    """crops.parquet, or slabs.parquet, as arrays; null whole numbers are -1."""
+    """crops.parquet, or slabs.parquet, as arrays; null whole numbers are -1. Optional columns may be missing."""
 
     place: str
     num_rows: int
@@ -75,7 +75,7 @@ def load_manifest(
         return None
     numbers: dict[str, Array] = {}
     texts: dict[str, Coded] = {}
-    for column in columns:
+    for column in (column for column in columns if column.name in table.column_names):
         values = table.column(column.name).combine_chunks()
         if column.type == "string":
             coded = values.dictionary_encode()
@@ -92,8 +92,8 @@ def load_scans(store: Path, num_scans: int, found: Findings) -> list[dict[str, A
     table = _load(store, schema.SCANS_FILE, schema.SCAN_COLUMNS, num_scans, found)
     if table is None:
         return None
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    absent = dict.fromkeys(column.name for column in schema.SCAN_COLUMNS if column.optional)
+    return [{**absent, **row} for row in table.to_pylist()]
 
 
 def _load(
@@ -123,7 +123,8 @@ def _load(
 def _check_schema(file: pq.ParquetFile, columns: tuple[schema.Column, ...]) -> None:
     fields = file.schema_arrow
     got = [(field.name, field.type) for field in fields]
-    expected = [(column.name, _arrow_type(column.type)) for column in columns]
+    there = (column for column in columns if not column.optional or column.name in fields.names)
+    expected = [(column.name, _arrow_type(column.type)) for column in there]
     code = "table-schema"
     for k, (name, kind) in enumerate(expected):
         if k >= len(got) or got[k][0] != name:

@@ -76,7 +76,7 @@ def _scan_problem(scan: dict[str, Any], record: Record) -> str | None:
         return "data_bytes or data_xxh3 is missing or malformed"
     if scan["is_thin"] != any(side < width for side, width in zip(sides, record.crop_shape, strict=True)):
         return f"is_thin is {scan['is_thin']} for shape {sides} and crops of {record.crop_shape}"
-    return _range_problem(scan) or _volume_problem(scan) or _box_problem(scan, sides)
+    return _range_problem(scan) or _volume_problem(scan) or _target_problem(scan, sides)
 
 
 def _range_problem(scan: dict[str, Any]) -> str | None:
@@ -86,7 +86,9 @@ def _range_problem(scan: dict[str, Any]) -> str | None:
     return None if share is not None and 0 <= share <= 1 else f"clipped_share is {share}"
 
 
-def _box_problem(scan: dict[str, Any], sides: list[int]) -> str | None:
+def _target_problem(scan: dict[str, Any], sides: list[int]) -> str | None:
+    if scan["mask_source"] not in (None, *schema.MASK_SOURCES):
+        return f"mask_source is {scan['mask_source']!r:.40}, expected null or one of {schema.MASK_SOURCES}"
     box = scan["lung_box"]
     if box is None:
         return None
@@ -110,6 +112,9 @@ def check_manifest(record: Record, scans: list[dict[str, Any]] | None, manifest:
     check_count("crops", manifest.num_rows, record, _PLACE, found)
     check_count("nodules", int(manifest.numbers["is_nodule"].sum()), record, _PLACE, found)
     check_rows(manifest, found)
+    if "subtype" in manifest.texts:
+        labelled = (manifest.texts["subtype"].codes >= 0) & (manifest.numbers["annotation_id"] < 0)
+        tell(found, manifest, labelled, "bad-value", "subtype is of a nodule, and it has none")
     ids = manifest.numbers["candidate_id"]
     _, first, counts = np.unique(ids, return_index=True, return_counts=True)
     twice = np.isin(ids, ids[first[counts > 1]]) | (ids < 0)

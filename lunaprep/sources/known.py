@@ -1,0 +1,49 @@
+"""The data sets that can be built from, by name."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from lunaprep.errors import UsageError
+from lunaprep.sources.luna16 import TablePaths, read_source
+from lunaprep.sources.source import SourceData
+
+SOURCES = ("luna16", "dicom", "lidc", "lung-pet-ct-dx")
+
+
+def read_data(name: str, root: Path, subsets: Collection[int] | None, tables: TablePaths) -> SourceData:
+    """Find the scans of a data set and read its tables; no voxel is read.
+
+    Parameters
+    ----------
+    name : str
+        One of `SOURCES`.
+    root : Path
+        Folder of the data.
+    subsets : collection of int, or None
+        Subsets to take; None takes all there are.
+    tables : TablePaths
+        Tables named by the user; only ``luna16`` and ``dicom`` take any.
+
+    Raises
+    ------
+    UsageError, TableError
+        As the source's own function.
+    """
+    if name == "luna16":
+        return read_source(root, None if subsets is None else sorted(subsets), tables)
+    from lunaprep.sources import dicom_folders
+
+    given = [role for role, path in vars(tables).items() if path is not None]
+    allowed = ("candidates", "annotations") if name == "dicom" else ()
+    if foreign := [role for role in given if role not in allowed]:
+        message = f"--{foreign[0]} is no option of --source {name}; leave it out"
+        raise UsageError(message)
+    if name == "dicom":
+        data = dicom_folders.read_dicom(root, tables.candidates, tables.annotations)
+    else:
+        data = dicom_folders.read_lidc(root) if name == "lidc" else dicom_folders.read_lung_pet_ct_dx(root)
+    if subsets is None:
+        return data
+    scans = tuple(scan for scan in data.scans if scan.subset in subsets)
+    return replace(data, subsets=tuple(sorted(subsets)), scans=scans)
