@@ -4,7 +4,7 @@
 
 Makes phantom scans of LUNA16's size (512x512x250, 600 candidates each), then, in alternating rounds with the
 scans dropped from the page cache: the limit (read each raw once, write as many bytes as the store has, fsync), the
-build of crops alone, and the build with volumes; with one process and with two. Medians and best. Also the encoder
+build of crops alone, and the build with volumes and targets; with one process and with two. Medians and best. Also the encoder
 alone, a plain build of one scan (SimpleITK, float32, h5py's gzip), and the peak memory of a worker.
 """
 
@@ -78,7 +78,7 @@ def ours(data: Path, out: Path, workers: int, *, volumes: bool) -> float:
     shutil.rmtree(out, ignore_errors=True)
     parameters = Parameters(shard_bytes=2 * NUM_CANDIDATES * 147456)
     start = time.perf_counter()
-    account = build(BuildOptions(data, out, workers=workers, volumes=volumes), parameters)
+    account = build(BuildOptions(data, out, workers=workers, volumes=volumes, targets=volumes), parameters)
     return (time.perf_counter() - start) / account.scans_ok
 
 
@@ -132,8 +132,8 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    plan, _ = _plan(BuildOptions(data, out, volumes=volumes), Parameters(), None)
-    tasks = [ShardTask(out, s, (32, 48, 48), (-1000, 1000), plan.dtype, volumes) for s in plan.to_do]
+    plan, _ = _plan(BuildOptions(data, out, volumes=volumes, targets=volumes), Parameters(), None)
+    tasks = [ShardTask(out, s, (32, 48, 48), (-1000, 1000), plan.dtype, volumes, plan.targets) for s in plan.to_do]
     (out / "tasks.pickle").write_bytes(pickle.dumps(tasks))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)
