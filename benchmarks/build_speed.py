@@ -4,8 +4,8 @@
 
 Makes phantom scans of LUNA16's size (512x512x250, 600 candidates each), then, in alternating rounds with the
 scans dropped from the page cache: the limit (read each raw once, write as many bytes as the store has, fsync), the
-build of crops alone, and the build with volumes and targets; with one process and with two. Medians and best. Also the encoder
-alone, a plain build of one scan (SimpleITK, float32, h5py's gzip), and the peak memory of a worker.
+build of crops alone, and the build with volumes and targets; with one process and with two. Medians and best. Also the
+encoder alone, a plain build of one scan (SimpleITK, float32, h5py's gzip), and the peak memory of a worker.
 """
 
 import argparse
