@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lunaprep.sources.phantom import write_phantom
-from lunatrain.detect.classifying import BOOK_CROP, Classifier, checkpoint_of, load_classifier
+from lunatrain.detect.classifying import BOOK_CROP, Classifier, load_classifier
 from lunatrain.detect.grouping import GroupingOptions
 from lunatrain.detect.pipeline import Detector, search
 from lunatrain.detect.reading import find_inputs
@@ -134,7 +134,7 @@ def fresh(path: Path) -> UNet:
 
 def networks(args: argparse.Namespace, path: Path) -> tuple[nn.Module, Classifier]:
     """Segmentation and classifier, from runs or fresh."""
-    seg = load_segmenter(checkpoint_of(args.seg))[0] if args.seg else fresh(path)
+    seg = load_segmenter(args.seg)[0] if args.seg else fresh(path)
     if args.cls:
         return seg, load_classifier(args.cls, torch.device("cpu"))
     torch.manual_seed(1)

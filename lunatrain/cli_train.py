@@ -268,11 +268,9 @@ def _changed(base: "TrainConfig", settings: dict[str, Any]) -> "TrainConfig":
 
 
 def _mal_config(settings: dict[str, Any]) -> "TrainConfig":
-    from dataclasses import replace
-
     from lunatrain.config import MALIGNANCY
 
-    return replace(MALIGNANCY, **{name: value for name, value in settings.items() if value is not None})
+    return _changed(MALIGNANCY, settings)
 
 
 def _figure(value: float | None) -> str:

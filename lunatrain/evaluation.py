@@ -16,7 +16,7 @@ from lunatrain.marks import read_annotations
 from lunatrain.models import prepare_for
 from lunatrain.report import worst_pictures, write_report
 from lunatrain.sampling import Rows, select_rows
-from lunatrain.tasks.classify import predict
+from lunatrain.tasks.classify import in_batches, predict
 from lunatrain.training import CLASSIFIERS, best_of, load_model, newest_run, pick_device, store_of
 
 BATCH = 256
@@ -101,7 +101,7 @@ def predict_rows(model: torch.nn.Module, store: Store, rows: Rows, device: torch
     """Probability of the positive class of each row, (n,) float64."""
     model = prepare_for(device, model)
     with CropLoader(open_crops(store), BATCH, device=device) as loader:
-        batches = loader.batches(rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+        batches = loader.batches(in_batches(rows, BATCH))
         return predict(model, batches, device, amp_context("off", device))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lunaprep.store.reader import Store, open_store
 from lunatrain.augment import Augmentation
-from lunatrain.checkpoint import Loaded, load_checkpoint, load_newest
+from lunatrain.checkpoint import Loaded, load_checkpoint
 from lunatrain.dense import HU_WINDOW
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.images import ImageFolder, ImageLoader, read_images
@@ -23,7 +23,7 @@ from lunatrain.segmentation_config import SegConfig, seg_config_from_json
 from lunatrain.slabs import SlabLoader, ValSlices, held_out_slabs, held_out_volumes, open_slabs
 from lunatrain.tasks.segment import Segment
 from lunatrain.tasks.segment_images import SegmentImages
-from lunatrain.training import TrainOptions, best_of, pick_device
+from lunatrain.training import TrainOptions, best_of, pick_device, resume_with
 from lunatrain.voxel_scores import BOOK_THRESHOLD
 
 TASK = "seg"
@@ -63,20 +63,12 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
     CheckpointError
         There is none, it is no segmentation, or its data are others.
     """
-    loaded = load_newest(options.run)
-    if loaded is None:
-        message = f"{options.run} has no checkpoint to go on from. Start it without --resume"
-        raise CheckpointError(message)
-    _args_of(loaded)
-    trainer = open_training(options, seg_config_from_json(loaded.state["config"]))
-    if loaded.state["store_id"] != trainer.run.store_id:
-        message = (
-            f"{options.run} was trained on {loaded.state['store_id']}, this is {trainer.run.store_id}. "
-            "Give the same data, or start a new run with --init"
-        )
-        raise CheckpointError(message)
-    trainer.load(loaded.state)
-    return trainer, loaded
+
+    def reopen(loaded: Loaded) -> Trainer:
+        _args_of(loaded)
+        return open_training(options, seg_config_from_json(loaded.state["config"]))
+
+    return resume_with(options, reopen)
 
 
 def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,20 +85,23 @@ def best_of(run: Path) -> Path:
     Raises
     ------
     UsageError
-        The folder has none.
+        A folder without one, or nothing there.
     """
     if run.is_file():
         return run
     for name in (BEST, LAST):
         if (run / name).exists():
             return run / name
-    message = f"{run} has no checkpoint. Name a run that has trained, or a checkpoint"
+    got = "has no checkpoint" if run.is_dir() else "is not there"
+    message = f"{run} {got}. Name a run that has trained, or a checkpoint"
     raise UsageError(message)
 
 
 def model_of(checkpoint: Path) -> str:
     """Name of the model that a checkpoint holds."""
-    return "luna" if checkpoint.suffix == ".state" else str(load_checkpoint(checkpoint).state["model_args"]["name"])
+    if checkpoint.suffix == ".state":
+        return "luna"
+    return str(_classifier_args(checkpoint, load_checkpoint(checkpoint).state)["name"])
 
 
 def store_of(run: Path) -> Path:
@@ -181,15 +185,31 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
     CheckpointError
         There is none, or the store is another one.
     """
+
+    def reopen(loaded: Loaded) -> Trainer:
+        _classifier_args(loaded.path, loaded.state)
+        return open_training(options, config_from_json(loaded.state["config"]))
+
+    return resume_with(options, reopen)
+
+
+def resume_with(options: TrainOptions, reopen: Callable[[Loaded], Trainer]) -> tuple[Trainer, Loaded]:
+    """Resume a run of any task: `reopen` puts it together as a checkpoint says.
+
+    Raises
+    ------
+    CheckpointError
+        As `resume_training`.
+    """
     loaded = load_newest(options.run)
     if loaded is None:
         message = f"{options.run} has no checkpoint to go on from. Start it without --resume"
         raise CheckpointError(message)
-    trainer = open_training(options, config_from_json(loaded.state["config"]))
+    trainer = reopen(loaded)
     if loaded.state["store_id"] != trainer.run.store_id:
         message = (
             f"{options.run} was trained on store {loaded.state['store_id']}, this is {trainer.run.store_id}. "
-            "Give the same store, or start a new run with --init"
+            "Give the same data, or start a new run with --init"
         )
         raise CheckpointError(message)
     trainer.load(loaded.state)
@@ -208,6 +228,7 @@ def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
         load_book_state(path, model)
         return
     state = load_checkpoint(path).state
+    _classifier_args(path, state)
     if state["model_args"]["name"] != name:
         held = state["model_args"]["name"]
         message = f"{path} holds a model {held!r}, not {name!r}. Give --model {held}"
@@ -220,6 +241,14 @@ def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
         raise CheckpointError(message) from error
 
 
+def _classifier_args(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    args: dict[str, Any] = state["model_args"]
+    if "crop_shape" not in args:
+        message = f"{path} is no classifier but a segmentation. Name a run of 'lunatrain cls' or 'mal'"
+        raise CheckpointError(message)
+    return args
+
+
 def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model of a checkpoint, ready to predict, and the checkpoint's facts (config, epoch, samples, store_id).
 
@@ -230,10 +259,7 @@ def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.M
         load_book_state(path, model)
         return model, {"config": {}, "progress": {}, "store_id": None}
     state = load_checkpoint(path).state
-    args = state["model_args"]
-    if "crop_shape" not in args:
-        message = f"{path} is no classifier but a segmentation. Name a run of 'lunatrain cls' or 'mal'"
-        raise CheckpointError(message)
+    args = _classifier_args(path, state)
     if tuple(args["crop_shape"]) != crop_shape:
         message = (
             f"{path} was trained on crops {tuple(args['crop_shape'])}, the store has {crop_shape}. Take another store"

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lunaprep.crops import cut_crop, window_starts
-from lunatrain.checkpoint import BEST, LAST, load_checkpoint
+from lunatrain.checkpoint import load_checkpoint
 from lunatrain.detect.reading import HU_RANGE
 from lunatrain.errors import UsageError
 from lunatrain.models import prepare_for
-from lunatrain.training import load_model
+from lunatrain.training import best_of, load_model
 
 LEAST_ODDS = 1e-6
 """No opinion is taken as surer than a million to one."""
@@ -35,24 +35,6 @@ class Classifier:
     target: str
 
 
-def checkpoint_of(place: Path) -> Path:
-    """The checkpoint that a run's folder or a file stands for: the run's best, else its last.
-
-    Raises
-    ------
-    UsageError
-        A folder without one, or nothing there.
-    """
-    if place.is_file():
-        return place
-    for name in (BEST, LAST):
-        if (place / name).is_file():
-            return place / name
-    got = "has no checkpoint" if place.is_dir() else "is not there"
-    message = f"{place} {got}. Name a run that has trained, or a checkpoint"
-    raise UsageError(message)
-
-
 def load_classifier(place: Path, device: torch.device) -> Classifier:
     """The network of a run or checkpoint, or of one of the book's .state files, on a device.
 
@@ -61,7 +43,7 @@ def load_classifier(place: Path, device: torch.device) -> Classifier:
     UsageError, CheckpointError
         Not there, damaged, or no classifier.
     """
-    path = checkpoint_of(place)
+    path = best_of(place)
     shape = BOOK_CROP if path.suffix == ".state" else _crop_shape(path)
     model, facts = load_model(path, shape)
     return Classifier(prepare_for(device, model).eval(), shape, path, facts["config"].get("target", "is_nodule"))

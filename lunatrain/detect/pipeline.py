@@ -17,7 +17,7 @@ from lunaprep.errors import ScanError
 from lunaprep.lungs import lung_mask
 from lunatrain import __version__
 from lunatrain.dense import channels_of
-from lunatrain.detect.classifying import Classifier, checkpoint_of, classify, joint_probability, load_classifier
+from lunatrain.detect.classifying import Classifier, classify, joint_probability, load_classifier
 from lunatrain.detect.findings import (
     DIAMETER_NOTE,
     FINDINGS_CSV,
@@ -36,7 +36,7 @@ from lunatrain.detect.segmenting import LUNG_MARGIN_MM, FindLungs, Lungs, find_l
 from lunatrain.detect.truth import FATES, Truth, hold_against, nodule_fates
 from lunatrain.errors import UsageError
 from lunatrain.marks import read_annotations
-from lunatrain.training import newest_run, pick_device
+from lunatrain.training import best_of, newest_run, pick_device
 
 REPORT_FILE = "report.html"
 MALIGNANT = "is_malignant"
@@ -172,7 +172,7 @@ def load_detector(options: DetectOptions) -> Detector:
     from lunatrain.segmentation import load_segmenter
 
     device = pick_device(options.device)
-    seg = checkpoint_of(options.seg or _newest("seg"))
+    seg = best_of(options.seg or _newest("seg"))
     segmenter, facts = load_segmenter(seg)
     classifier = load_classifier(options.cls or _newest("cls"), device)
     malignancy = load_classifier(options.mal, device) if options.mal else None
