@@ -23,7 +23,7 @@ demo: .venv/installed-train  ## A synthetic LUNA16 from scans to findings, in de
 	@echo; echo "Look at demo/overview.png, demo/runs/cls/eval-series-val/report.html and demo/findings/report.html."
 
 test: .venv/installed-dev  ## All tests, against the installed package
-	cd tests && ../$(BIN)/pytest
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 lint: .venv/installed-dev  ## ruff and mypy (strict)
 	$(BIN)/ruff check .
