@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find lunaprep lunatrain manifests -name '*.py' -o -name '*.toml' -o -name py.typed) setup.cfg pyproject.toml
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test soak lint docs bench clean
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -24,6 +24,9 @@ demo: .venv/installed-train  ## A synthetic LUNA16 from scans to findings, in de
 
 test: .venv/installed-dev  ## All tests, against the installed package
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --numprocesses auto --maxprocesses 8
+
+soak: .venv/installed-dev  ## The long figures of docs/reliability.md: faults, bit flips, rounds (an hour)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --soak --timeout 7200 --durations 0
 
 lint: .venv/installed-dev  ## ruff and mypy (strict)
 	$(BIN)/ruff check .

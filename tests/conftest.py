@@ -9,9 +9,36 @@ from pathlib import Path
 
 import pytest
 
+SOAK = "--soak"
 SIZE = (40, 64, 64)
 NUM_SCANS = 6
 NUM_SUBSETS = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(SOAK, action="store_true", help="only the tests that have a long figure, with that (make soak)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --soak the tests that have a long figure, and those that are long; without it all but the latter."""
+    soak = config.getoption(SOAK)
+
+    def is_chosen(item: pytest.Item) -> bool:
+        is_long = item.get_closest_marker("soak") is not None
+        return is_long or "figure" in getattr(item, "fixturenames", ()) if soak else not is_long
+
+    left_out = [item for item in items if not is_chosen(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if is_chosen(item)]
+
+
+Figure = Callable[[int, int], int]
+
+
+@pytest.fixture(scope="session")
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """How many of something: figure(quick, long), the long one with --soak."""
+    return lambda quick, long: long if request.config.getoption(SOAK) else quick
 
 
 @pytest.fixture(scope="session")
