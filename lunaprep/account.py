@@ -54,7 +54,7 @@ class Preview:
             f"shards      {work}",
             f"disk        reads {size_text(self.read_bytes)}, writes about {size_text(self.write_bytes)}; "
             f"{size_text(self.free_bytes)} free",
-            f"memory      {self.workers} workers, up to {size_text(self.worker_bytes)} each",
+            f"memory      {self.workers or 'the scheduler has its'} workers, up to {size_text(self.worker_bytes)} each",
         ]
         return "\n".join([*lines, *(f"changed     {change}" for change in self.changes)])
 
@@ -129,7 +129,7 @@ def make_preview(
         scans=plan.num_scans,
         crops=len(plan.rows),
         nodules=int(plan.rows["is_nodule"].sum()),
-        dtype=plan.dtype,
+        dtype=plan.crop_dtype,
         slabs=len(plan.slabs) if plan.targets else 0,
         shards_to_build=actions["build"],
         shards_to_check=actions["check"],
@@ -215,17 +215,21 @@ def _changes(plan: Plan, record: Mapping[str, Any] | None) -> tuple[str, ...]:
         "shard_bytes": "which scans share a shard",
     }
     had, want = record["parameters"], plan.parameters.to_json()
-    for name in want:
+    for name in dict.fromkeys((*want, *had)):
         if name == "slab_negatives" and not (plan.targets and "slabs" in record):
             continue
-        if had.get(name) != want[name]:
-            lines.append(f"{name} {had.get(name)} -> {want[name]}: touches {touches.get(name, 'every crop')}")
-    if record["crops"]["dtype"] != plan.dtype and had.get("dtype") == want["dtype"]:
-        lines.append(f"crops {record['crops']['dtype']} -> {plan.dtype}, as the scans now need: touches every crop")
+        if had.get(name) != want.get(name):
+            lines.append(f"{name} {had.get(name)} -> {want.get(name)}: touches {touches.get(name, 'every crop')}")
+    old_dtype, new_dtype = record["crops"]["dtype"], plan.crop_dtype
+    if old_dtype != new_dtype and had.get("dtype") == want["dtype"]:
+        lines.append(f"crops {old_dtype} -> {new_dtype}, as the scans now need: touches every crop")
     old = {item["role"]: item["sha256"] for item in record["inputs"]}
     for item in plan.source.files:
         if old.get(item.role) != item.sha256:
             lines.append(f"{item.path.name} ({item.role}): touches the manifest, and crops whose place changed")
+    there = {shard["id"].rsplit("-", 1)[0] for shard in record["shards"]}
+    unexplained = set() if lines else {shard.name for shard in plan.to_do if shard.why == "new"} & there
+    lines += [f"{name}: other scans than before, or other headers" for name in sorted(unexplained)]
     lines += [f"{shard.name}: {shard.why}" for shard in plan.to_do if shard.why != "new"]
     return tuple(lines)
 

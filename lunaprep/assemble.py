@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lunaprep import schema
@@ -55,14 +57,14 @@ def assemble(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> NewSt
     else:
         del parameters["slab_negatives"]  # as in a store made before there were slabs
     store_id = store_id_of(parameters, shards, {name: _sha256(data) for name, data in tables.items()})
-    crop_rows = _dataset(schema.CROPS_DATASET, shards, "file", plan.parameters.crop_shape, plan.dtype)
+    crop_rows = _dataset(schema.CROPS_DATASET, shards, "file", plan.parameters.crop_shape, plan.crop_dtype)
     files = {schema.FRONT_DOOR_FILE: front_door_bytes([crop_rows], schema.MANIFEST_FILE, store_id), **tables}
     content = {
         "store_id": store_id,
         "parameters": parameters,
         "inputs": [item.to_json() for item in plan.source.files],
         "counts": counts,
-        "crops": {"shape": [len(rows), *plan.parameters.crop_shape], "dtype": plan.dtype},
+        "crops": {"shape": [len(rows), *plan.parameters.crop_shape], "dtype": plan.crop_dtype},
         "shards": shards,
     }
     if slabs is not None:
@@ -82,17 +84,25 @@ def assemble(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> NewSt
 
 def _crop_rows(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> pd.DataFrame:
     """Rows of the manifest in shard order."""
-    parts = [built_rows(plan.rows[plan.rows["unit"] == unit], receipt) for unit, receipt in enumerate(receipts)]
+    parts = [
+        built_rows(rows, receipt) for rows, receipt in zip(_by_unit(plan.rows, len(receipts)), receipts, strict=True)
+    ]
     empty = plan.rows[:0].assign(shard_id="", shard_row=0, xxh3=0)
     return _in_order([*parts, *(group for _, group in carried.rows.groupby("shard_id"))], empty)
 
 
 def _slab_rows(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> pd.DataFrame:
     """Rows of slabs.parquet in shard order."""
-    units = [(unit, receipt) for unit, receipt in enumerate(receipts) if receipt.slabs]
-    parts = [built_slabs(plan.slabs[plan.slabs["unit"] == unit], receipt) for unit, receipt in units]
+    units = zip(_by_unit(plan.slabs, len(receipts)), receipts, strict=True)
+    parts = [built_slabs(slabs, receipt) for slabs, receipt in units if receipt.slabs]
     empty = plan.slabs[:0].assign(shard_id="", shard_row=0, xxh3=0, mask_xxh3=0, num_mask_voxels=0, is_positive=False)
     return _in_order([*parts, *(group for _, group in carried.slabs.groupby("shard_id"))], empty)
+
+
+def _by_unit(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
+    """Planned rows, which are sorted by unit, of each unit."""
+    bounds = np.searchsorted(rows["unit"].to_numpy(dtype=np.int64), np.arange(count + 1))
+    return [rows.iloc[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _in_order(parts: Sequence[pd.DataFrame], empty: pd.DataFrame) -> pd.DataFrame:

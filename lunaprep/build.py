@@ -3,7 +3,8 @@
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ from lunaprep.carried import SHARD_ID, carry_over, check_same_crops, store_subse
 from lunaprep.errors import NoSpaceError, StoreError, UsageError
 from lunaprep.finished import Finished, SeenInputs, find_finished
 from lunaprep.machine import available_bytes, default_workers, free_disk_bytes
-from lunaprep.parallel import run_tasks
+from lunaprep.parallel import Backend, Crew, run_tasks
 from lunaprep.parameters import Parameters
 from lunaprep.plan import Plan, decide, make_plan
 from lunaprep.shard_work import ShardTask, staged_receipt, staged_volume, worker_bytes
 from lunaprep.sources.csv_tables import write_tables
 from lunaprep.sources.known import read_data
 from lunaprep.sources.luna16 import TablePaths
+from lunaprep.sources.source import SourceData
 from lunaprep.store.commit import build_lock, commit, recover
 from lunaprep.store.files import write_file
 from lunaprep.store.receipt import Receipt
 from lunaprep.store.record import read_record
+
+HEADERS_FILE = "headers.json"
+"""In `schema.WORK_DIR`: notes on DICOM headers, see `lunaprep.scans.dicom_notes`."""
 
 MEMORY_SHARE = 0.8
 """Share of the available memory that workers may plan for."""
@@ -49,7 +54,26 @@ class BuildOptions:
 
     limit: int | None = None
     workers: int | None = None
+    backend: Backend = "loky"
+    scheduler: str | None = None
+    """Address of a running Dask scheduler, or the file it wrote; it has workers of its own."""
+
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheduler and self.backend != "dask":
+            message = f"--scheduler goes with --backend dask, got --backend {self.backend}"
+            raise UsageError(message)
+        if self.scheduler and self.workers:
+            message = "--workers: the scheduler has its own. Leave it out, or leave --scheduler out"
+            raise UsageError(message)
+
+    @property
+    def everywhere(self) -> "BuildOptions":
+        """The same with paths that hold in another process's folder too."""
+        lungs = self.tables.lungs and self.tables.lungs.absolute()
+        tables = replace(self.tables, lungs=lungs)
+        return replace(self, data=self.data.absolute(), out=self.out.absolute(), tables=tables)
 
 
 def preview(options: BuildOptions, parameters: Parameters) -> Preview:
@@ -61,7 +85,7 @@ def preview(options: BuildOptions, parameters: Parameters) -> Preview:
         As `build`.
     """
     record = _old_record(options.out)
-    plan, _ = _plan(options, parameters, record)
+    plan, _ = _plan(options, parameters, record, keep_notes=False)
     return make_preview(plan, *_resources(plan, options), record)
 
 
@@ -90,14 +114,15 @@ def build(options: BuildOptions, parameters: Parameters) -> Account:
         The disk is, or would get, full; finished shards are kept.
     """
     start = time.monotonic()
+    options = options.everywhere if options.backend == "dask" else options
     with build_lock(options.out):
         recover(options.out)
         work = options.out / schema.WORK_DIR
         shutil.rmtree(work / "tmp", ignore_errors=True)
         record = _old_record(options.out)
-        plan, seen = _plan(options, parameters, record)
+        plan, seen = _plan(options, parameters, record, keep_notes=True)
         carried = carry_over(options.out, record, _planned_subsets(plan))
-        check_same_crops(carried, record, parameters.to_json(), plan.dtype)
+        check_same_crops(carried, record, parameters.to_json(), plan.dtype if carried.has_slabs else plan.crop_dtype)
         about = make_preview(plan, *_resources(plan, options), record)
         _check_space(about)
         receipts = _run(plan, options, seen, about.workers)
@@ -121,19 +146,34 @@ def _planned_subsets(plan: Plan) -> set[int]:
     return set(plan.source.subsets)
 
 
-def _plan(options: BuildOptions, parameters: Parameters, record: Mapping[str, Any] | None) -> tuple[Plan, SeenInputs]:
+def _plan(
+    options: BuildOptions, parameters: Parameters, record: Mapping[str, Any] | None, *, keep_notes: bool
+) -> tuple[Plan, SeenInputs]:
     subsets = options.subsets
     if subsets is not None:  # what the store has besides, and the data folder still holds, is kept up to date too
         held = store_subsets(options.out)
         if options.source == "luna16":
             held = {number for number in held if (options.data / f"subset{number}").is_dir()}
         subsets = tuple(sorted({*subsets, *held}))
-    source = read_data(options.source, options.data, subsets, options.tables)
+    source = _read_data(options, subsets, keep_notes)
     plan = make_plan(source, parameters, volumes=options.volumes, targets=options.targets, limit=options.limit)
     finished, seen = find_finished(options.out, record), SeenInputs(options.out)
     _check_nothing_lost(plan, finished)
     seen.watch(job for shard in plan.shards for job in shard.jobs)
     return decide(plan, finished.receipts, finished.is_there, seen.unchanged), seen
+
+
+def _read_data(options: BuildOptions, subsets: tuple[int, ...] | None, keep_notes: bool) -> SourceData:
+    """The scans and tables; what was read of DICOM headers is noted at once, for a build that goes on from here."""
+    if options.source == "luna16":
+        return read_data(options.source, options.data, subsets, options.tables)
+    from lunaprep.scans.dicom_notes import HeaderNotes
+
+    notes = HeaderNotes(options.out / schema.WORK_DIR / HEADERS_FILE)
+    source = read_data(options.source, options.data, subsets, options.tables, notes)
+    if keep_notes:
+        notes.save()
+    return source
 
 
 def _check_nothing_lost(plan: Plan, finished: Finished) -> None:
@@ -150,7 +190,7 @@ def _check_nothing_lost(plan: Plan, finished: Finished) -> None:
 
 
 def _resources(plan: Plan, options: BuildOptions) -> tuple[int, int, int]:
-    """Workers to use, bytes of memory for each, bytes free on the disk."""
+    """Workers to use (0: those of the scheduler), bytes of memory for each, bytes free on the disk."""
     shards = plan.to_do
     needs = (worker_bytes(shard, plan.parameters.crop_shape, plan.dtype, plan.targets) for shard in shards)
     each = max(needs, default=0)
@@ -158,7 +198,7 @@ def _resources(plan: Plan, options: BuildOptions) -> tuple[int, int, int]:
     free = available_bytes()
     if free is not None and each:
         workers = max(1, min(workers, int(free * MEMORY_SHARE / each)))
-    return workers, each, free_disk_bytes(options.out)
+    return 0 if options.scheduler else workers, each, free_disk_bytes(options.out)
 
 
 def _check_space(about: Preview) -> None:
@@ -187,10 +227,16 @@ def _run(plan: Plan, options: BuildOptions, seen: SeenInputs, workers: int) -> l
         )
         for shard in plan.to_do
     ]
-    for receipt in run_tasks(tasks, workers, progress=options.progress):
-        receipts[receipt.plan_key] = receipt
-        seen.note(receipt, jobs[receipt.plan_key])
-        seen.save()
+    crew = Crew(workers, options.backend, options.scheduler)
+    try:
+        for receipt in run_tasks(tasks, crew, progress=options.progress):
+            receipts[receipt.plan_key] = receipt
+            seen.note(receipt, jobs[receipt.plan_key])
+            seen.save_now_and_then()
+    finally:
+        if tasks:
+            with suppress(OSError):  # a convenience, and the disk may be full
+                seen.save()
     return [receipts[shard.plan_key] for shard in plan.shards]
 
 
@@ -204,13 +250,15 @@ def _publish(out: Path, new: NewStore, receipts: Sequence[Receipt]) -> None:
             moves.append((staged, f"{schema.SHARDS_DIR}/{receipt.shard_id}.json"))
         volumes = [scan.volume for scan in receipt.scans if scan.volume]
         moves += [(path, volume.file) for volume in volumes if (path := staged_volume(out, volume)).exists()]
-    if not moves and all(_holds(out / name, data) for name, data in new.files.items()):
-        return
-    for name, data in new.files.items():
-        write_file(work / "new" / name, data)
-        moves.append((work / "new" / name, name))
-    renames = [(path.relative_to(out).as_posix(), name) for path, name in moves]
-    commit(out, renames, _left_over(out, new.record))
+    if moves or not all(_holds(out / name, data) for name, data in new.files.items()):
+        for name, data in new.files.items():
+            write_file(work / "new" / name, data)
+            moves.append((work / "new" / name, name))
+        renames = [(path.relative_to(out).as_posix(), name) for path, name in moves]
+        commit(out, renames, _left_over(out, new.record))
+    else:  # what another build, cut off and not gone on with, had finished
+        for name in _left_over(out, new.record):
+            (out / name).unlink(missing_ok=True)
     for folder in ("new", "receipts", "volumes"):
         shutil.rmtree(work / folder, ignore_errors=True)
 

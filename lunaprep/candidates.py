@@ -5,7 +5,8 @@ as a whole is a `TableError`.
 """
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MAX_ABS_MM = 1e5
 
 MAX_DIAMETER_MM = 500.0
 
+_RATINGS = r"(\[[1-5](, ?[1-5])*\])?"
 _LUNA16_XYZ = {"coordX": "x_mm", "coordY": "y_mm", "coordZ": "z_mm"}
 
 
@@ -75,16 +77,20 @@ def read_annotations(path: Path) -> Table:
     -------
     Table
         Columns `annotation_id` (row in the file, from 0), `series_uid`, `x_mm`, `y_mm`, `z_mm`,
-        `diameter_mm`.
+        `diameter_mm`; and, where the file has it, `subtype`, None where its field is empty.
 
     Raises
     ------
     TableError
         Not such a table.
     """
-    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "diameter_mm"))
+    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "diameter_mm"), ("subtype",))
     places, checks = _places(raw)
-    return _good_rows(raw, _with_diameter(raw, places, checks), checks, "annotation_id")
+    frame = _with_diameter(raw, places, checks)
+    if "subtype" in raw.text:
+        subtype = raw.text["subtype"].str.strip()
+        frame = frame.assign(subtype=subtype.astype(object).where(subtype != "", None))
+    return _good_rows(raw, frame, checks, "annotation_id")
 
 
 def read_malignancy(path: Path) -> Table:
@@ -93,14 +99,15 @@ def read_malignancy(path: Path) -> Table:
     Returns
     -------
     Table
-        As `read_annotations`, with `is_malignant` and, where the file has it, `patient_id`.
+        As `read_annotations`, with `is_malignant` and, where the file has them, `patient_id`, and `malignancy_votes`
+        (readers' ratings, ascending: ``2,2,4,4``; None where `mal_details` is empty).
 
     Raises
     ------
     TableError
         Not such a table.
     """
-    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "diameter_mm", "mal_bool"), ("patient_id",))
+    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "diameter_mm", "mal_bool"), ("patient_id", "mal_details"))
     places, checks = _places(raw)
     frame = _with_diameter(raw, places, checks)
     flag = raw.text["mal_bool"].str.lower()
@@ -108,7 +115,21 @@ def read_malignancy(path: Path) -> Table:
     frame = frame.assign(is_malignant=flag.isin(["true", "1"]))
     if "patient_id" in raw.text:
         frame = frame.assign(patient_id=raw.text["patient_id"])
+    if "mal_details" in raw.text:
+        details = raw.text["mal_details"].str.strip()
+        checks.append((~details.str.fullmatch(_RATINGS), "mal_details", "ratings of 1 to 5 as [4, 2, 4]"))
+        votes = [votes_text(int(k) for k in re.findall("[1-5]", text)) for text in details]
+        frame["malignancy_votes"] = pd.Series(votes, dtype=object)
     return _good_rows(raw, frame, checks, "annotation_id")
+
+
+def votes_text(ratings: Iterable[int]) -> str | None:
+    """Readers' ratings in ascending order, as the store keeps them; None without one.
+
+    >>> votes_text([4, 2, 4, 2])
+    '2,2,4,4'
+    """
+    return ",".join(map(str, sorted(ratings))) or None
 
 
 def read_patients(path: Path) -> tuple[dict[str, str], tuple[RowFault, ...]]:
@@ -237,7 +258,8 @@ def _read_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
             ),
         )
     except pa.ArrowException as error:
-        message = f"{path.name} cannot be read as CSV: {str(error).splitlines()[0][:120]}. Fetch it again"
+        reason = ascii(str(error).splitlines()[0][:120])[1:-1]
+        message = f"{path.name} cannot be read as CSV: {reason}. Fetch it again"
         raise TableError(message) from error
     text = pd.DataFrame({name: table[name].to_pandas() for name in wanted})
     good, bad = _line_numbers(path, data, len(text), [number for number, _ in misfits])

@@ -92,14 +92,22 @@ def check_same_crops(carried: Carried, record: Mapping[str, Any] | None, wanted:
     """
     if not carried.shards or record is None:
         return
-    had = {**record["parameters"], "dtype": record["crops"]["dtype"]}
+    had = {**record["parameters"], "dtype": record["slabs" if carried.has_slabs else "crops"]["dtype"]}
     want = {**wanted, "dtype": dtype}
-    for name in ("crop_shape", "hu", "edge", "dtype"):
-        if had[name] != want[name]:
+    for name in ("crop_shape", "hu", "edge", "resample_mm", "dtype"):
+        if had.get(name) != want.get(name):
             subset = shard_place(carried.shards[0]["id"])[0]
-            old = " ".join(map(str, had[name])) if isinstance(had[name], list) else had[name]
             message = (
                 f"subset{subset} of the store was made with another {name}, and its scans are not in the data folder. "
-                f"Use --{name.replace('_', '-')} {old}, or another --out"
+                f"{_as_option(name, had.get(name))}, or take another --out"
             )
             raise UsageError(message)
+
+
+def _as_option(name: str, value: Any) -> str:
+    """What to say to `build` to get a parameter's value again."""
+    option = f"--{name.replace('_', '-')}"
+    if value is None:
+        return f"Leave {option} out"
+    between = "," if name == "resample_mm" else " "
+    return f"Use {option} {between.join(map(str, value)) if isinstance(value, list) else value}"

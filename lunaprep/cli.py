@@ -13,6 +13,7 @@ import click
 from lunaprep import __version__
 from lunaprep.cli_build import build
 from lunaprep.cli_options import (
+    SOURCES,
     data_folder,
     data_option,
     file_path,
@@ -44,7 +45,7 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:
                 _fail("the reader of the output went away", 1)
             place = f"{error.filename}: " if error.filename else ""
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             _fail(f"{place}{error.strerror or error}", EXIT_NO_SPACE if full else 1)
         except Exception:
             if _interrupts:  # it hit a library that made another error of it
@@ -148,27 +149,33 @@ cli.add_command(build)
 @click.option("--level", type=click.Choice(["quick", "full", "source"]), default="full", show_default=True,
               help="quick: structure, sizes; full: every checksum; source: also cut again from the scans.")  # fmt: skip
 @data_option
+@click.option("--source", type=click.Choice(SOURCES),
+              help="What --data is a copy of.  [default: the store's, else luna16]")  # fmt: skip
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, store: Path | None, level: str, data: Path | None, as_json: bool) -> None:
+def verify(
+    ctx: click.Context, store: Path | None, level: str, data: Path | None, source: str | None, as_json: bool
+) -> None:
     """Look for damage in STORE (default: the current folder).
 
-    With --data, also hold a download of LUNA16 against its data sheet; without a store, only that. Exit code 4
-    says that damage was found; each piece is named by shard, row and series.
+    With --data, also hold a download against its data sheet; without a store, only that. Exit code 4 says that
+    damage was found; each piece is named by shard, row and series.
 
     \b
     Example:
         lunaprep verify store
         lunaprep verify store --level source --data /data/LUNA16
         lunaprep verify --data /data/LUNA16
+        lunaprep verify --data /data/LIDC-IDRI --source lidc
     """
     from lunaprep.schema import STORE_FILE
     from lunaprep.store.commit import recover_if_idle
 
     reports = []
-    if data is not None and level != "source":
-        reports.append(_check_data(data, as_json))
     folder = store or Path()
+    if data is not None and level != "source":
+        built = folder if (folder / STORE_FILE).exists() else None
+        reports.append(_check_data(data, source, built, as_json))
     if store is not None or data is None or level == "source" or (folder / STORE_FILE).exists():
         recover_if_idle(folder)
         reports.append(_verify_store(folder, level, data, as_json))
@@ -181,10 +188,17 @@ def verify(ctx: click.Context, store: Path | None, level: str, data: Path | None
         ctx.exit(EXIT_DAMAGE)
 
 
-def _check_data(data: Path, quiet: bool) -> Any:
-    from lunaprep.download import check_data
+def _check_data(data: Path, source: str | None, store: Path | None, quiet: bool) -> Any:
+    from lunaprep.download import check_data, source_of
 
-    report = check_data(data)
+    report: Any
+    source = source or source_of(data, store)
+    if source == "luna16":
+        report = check_data(data)
+    else:
+        from lunaprep.download_dicom import check_dicom
+
+        report = check_dicom(data, source)
     if not quiet:
         click.echo(report.text())
     return report

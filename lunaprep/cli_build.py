@@ -7,7 +7,9 @@ import click
 
 from lunaprep.cli_options import (
     EXIT_SOME_FAILED,
+    SOURCES,
     Bytes,
+    Spacing,
     Subsets,
     data_folder,
     data_option,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: the cores, as far as memory allows]")
 @click.option(
     "--source",
-    type=click.Choice(["luna16", "dicom", "lidc", "lung-pet-ct-dx"]),
+    type=click.Choice(SOURCES),
     default="luna16",
     show_default=True,
     help="Kind of data set.",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     "--patients", type=table_path, help="CSV with seriesuid and patient_id.  [default: patients.csv, if there]"
 )
 @click.option("--crop-shape", nargs=3, type=int, default=(32, 48, 48), show_default=True, help="Slices, rows, columns.")
+@click.option("--resample-mm", type=Spacing(), metavar="MM[,MM,MM]",
+              help="Resample crops to this spacing, or slice,row,column.  [default: the scan's]")  # fmt: skip
 @click.option(
     "--hu", nargs=2, type=int, default=(-1000, 1000), show_default=True, help="Window the values are clipped to."
 )
@@ -66,6 +70,10 @@ if TYPE_CHECKING:
               help="Folder of lung masks, UID.mhd.  [default: seg-lungs-LUNA16, if there; else computed]")  # fmt: skip
 @click.option("--csv", type=click.Path(path_type=Path, file_okay=False),
               help="Folder to write the source's tables to, as LUNA16's; the FROC reads them.")  # fmt: skip
+@click.option("--backend", type=click.Choice(["loky", "dask"]), default="loky", show_default=True,
+              help="Processes of this machine, or a Dask cluster.")  # fmt: skip
+@click.option("--scheduler", metavar="ADDRESS",
+              help="Dask scheduler: tcp://node:8786, or the file it wrote.  [default: a cluster here]")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Take the first so many scans only.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @json_option
@@ -114,7 +122,9 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
         csv=options["csv"],
         limit=options["limit"],
         workers=options["workers"],
+        backend=options["backend"],
+        scheduler=options["scheduler"],
         progress=True,
     )
-    names = ("crop_shape", "hu", "dtype", "edge", "match", "val_stride", "slab_negatives")
+    names = ("crop_shape", "resample_mm", "hu", "dtype", "edge", "match", "val_stride", "slab_negatives")
     return wanted, Parameters(shard_bytes=options["shard_size"], **{name: options[name] for name in names})

@@ -10,6 +10,9 @@ from typing import Any
 import click
 
 EXIT_SOME_FAILED = 3
+SOURCES = ("luna16", "dicom", "lidc", "lung-pet-ct-dx")
+"""As in `lunaprep.sources.known`, which is too heavy to be imported for --help."""
+
 MAX_LINES = 20
 """Faults printed one by one; the rest is counted (scans.parquet and --json have all)."""
 
@@ -48,6 +51,25 @@ class Subsets(click.ParamType[tuple[int, ...]]):
         if not numbers:
             self.fail(f"{value!r} names no subset; the first number must not be the larger one", param, ctx)
         return tuple(sorted(numbers))
+
+
+class Spacing(click.ParamType[tuple[float, float, float]]):
+    """Millimetres along slice, row and column: one number for all, or three with commas between."""
+
+    name = "mm"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float, float]:
+        """The three numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            parts = [float(part) for part in str(value).split(",")]
+            i, r, c = parts * 3 if len(parts) == 1 else parts
+        except ValueError:
+            self.fail(f"{value!r} is no spacing; write 1, or slice, row and column as 1.25,0.7,0.7", param, ctx)
+        return i, r, c
 
 
 store_argument = click.argument("store", required=False, type=click.Path(path_type=Path))

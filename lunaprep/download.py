@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lunaprep.datasheet import load_sheet
-from lunaprep.errors import ScanError, UsageError
+from lunaprep.errors import LunaprepError, ScanError, UsageError
+from lunaprep.store.record import read_record
 
 if TYPE_CHECKING:
     from lunaprep.scans.scan import Scan
@@ -17,6 +18,12 @@ MOST_NAMED = 10
 """Missing series named in the account; `DataReport.to_json` has all."""
 
 MOST_TABLE_BYTES = 1 << 30
+
+ROLES = {"readings": "lidc", "boxes": "lung-pet-ct-dx"}
+"""Inputs that only one source has."""
+
+MOST_LOOKED_AT = 200
+"""Files that are opened to see whether a folder is one of DICOM."""
 
 
 @dataclass(frozen=True)
@@ -326,3 +333,43 @@ def _patient_notes(known: dict[str, Any], copy: _Copy) -> list[str]:
         if len(here) > 1:
             notes.append(f"patient {patient} has {len(here)} scans: {', '.join(here)}")
     return notes
+
+
+def source_of(data: Path, store: Path | None) -> str:
+    """Which data set a folder is a copy of, where nobody says: the store's that is verified with it, else LUNA16.
+
+    Raises
+    ------
+    UsageError
+        A folder of DICOM, and no store that was built from it.
+    """
+    roles = set()
+    if store is not None:
+        try:
+            roles = {str(item.get("role")) for item in read_record(store)["inputs"]}
+        except (LunaprepError, AttributeError):
+            store = None  # damaged, which verify tells
+    if roles & ROLES.keys():
+        return next(source for role, source in ROLES.items() if role in roles)
+    if any(data.glob("subset*")) or not looks_like_dicom(data):
+        return "luna16"
+    if store is not None:
+        return "dicom"
+    message = (
+        f"{data} holds DICOM files and no subset0 to subset9, so it is no LUNA16. Say what it is: --source lidc, "
+        "--source lung-pet-ct-dx, or --source dicom for any other"
+    )
+    raise UsageError(message)
+
+
+def looks_like_dicom(data: Path) -> bool:
+    """Whether a folder holds DICOM files: one of the first `MOST_LOOKED_AT` has ``DICM`` at byte 128."""
+    paths = (path for path in data.rglob("*") if path.is_file() and not path.is_symlink())
+    for _, path in zip(range(MOST_LOOKED_AT), paths, strict=False):
+        try:
+            with path.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    return True
+        except OSError:
+            continue
+    return False

@@ -25,7 +25,11 @@ class StoreError(LunaprepError, ValueError):
     """A store, or one file of it, is not what its records say."""
 
 
-class NoSpaceError(LunaprepError, OSError):
+class DiskError(LunaprepError, OSError):
+    """The disk of the store failed to write; no scan is to blame."""
+
+
+class NoSpaceError(DiskError):
     """The disk is full, or would be."""
 
     exit_code = 5

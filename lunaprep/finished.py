@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,7 @@ class SeenInputs:
     def __init__(self, out: Path) -> None:
         self._path = out / schema.WORK_DIR / SEEN_FILE
         self._stamps: dict[str, Stamp] = {}
+        self._saved = self._save_s = 0.0
         try:
             self._seen: dict[str, list[object]] = dict(json.loads(self._path.read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -102,7 +104,14 @@ class SeenInputs:
 
     def save(self) -> None:
         """Write the notes."""
+        start = time.monotonic()
         self._path.write_bytes(canonical_json(self._seen))
+        self._saved, self._save_s = time.monotonic(), time.monotonic() - start
+
+    def save_now_and_then(self) -> None:
+        """Write the notes unless that would take more than a hundredth of the time: they are of all scans."""
+        if time.monotonic() - self._saved > 100 * self._save_s:
+            self.save()
 
     def _stamp(self, scan: Scan) -> Stamp:
         path = str(scan.data_path)

@@ -2,7 +2,7 @@
 
 import difflib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ DIAMETER_EDGES = (0, 3, 5, 8, 10, 15, 20, 30)
 
 INDEX = ["index", "row", "col"]
 MAX_FAILED = 10
+MAX_SUBTYPES = 12
 MIN_SUFFIX = 6
 WIDTH = 80
 
@@ -85,6 +86,12 @@ def _malignancy(nodules: pd.DataFrame) -> dict[str, int]:
     return {"malignant": int(known.sum()), "benign": int((~known).sum()), "unknown": len(nodules) - len(known)}
 
 
+def _subtypes(nodules: pd.DataFrame) -> dict[str, int]:
+    """Nodules of each subtype, the commonest first."""
+    counts = nodules["subtype"].dropna().astype(str).value_counts()
+    return {name: int(counts[name]) for name in sorted(counts.index, key=lambda name: (-counts[name], name))}
+
+
 def store_info(store: "Store") -> dict[str, Any]:
     """Figures of a store, ready for JSON.
 
@@ -99,12 +106,13 @@ def store_info(store: "Store") -> dict[str, Any]:
         ``store_id``, ``parameters``, ``dtype``, ``counts``, ``bytes``, ``by_class``, ``by_split`` (of ``split_series``
         and ``split_candidate``), ``by_subset`` (a list; train and val as in ``split_series``), ``by_diameter`` (a list
         of bins ``from_mm <= d < to_mm``; the last, both null, counts nodules without a diameter), ``diameter_mm``
-        (median and largest, or null), ``malignancy`` (of nodules) and ``failed`` (a list). A nodule here is a
+        (median and largest, or null), ``malignancy`` and ``subtype`` (counts of nodules), ``malignancy_mean`` (of their
+        mean ratings, or null) and ``failed`` (a list). A nodule here is a
         candidate of that class; ``counts.annotations`` are the annotated nodules they belong to.
     """
     manifest, scans = store.manifest, store.scans
     nodules, failed = manifest[manifest["is_nodule"]], scans[scans["status"] != "ok"]
-    sizes = nodules["diameter_mm"].dropna()
+    sizes, rated = nodules["diameter_mm"].dropna(), nodules["malignancy_mean"].dropna()
     reasons = [None if pd.isna(reason) else str(reason) for reason in failed["reason"]]
     one = schema.crop_bytes(store.crop_shape, str(store.dtype))
     slabs = store.record.get("slabs", {"shards": []})["shards"]
@@ -125,6 +133,8 @@ def store_info(store: "Store") -> dict[str, Any]:
             "largest": float(sizes.max()) if len(sizes) else None,
         },
         "malignancy": _malignancy(nodules),
+        "malignancy_mean": float(rated.mean()) if len(rated) else None,
+        "subtype": _subtypes(nodules),
         "failed": [
             {"series_uid": str(uid), "subset": int(subset), "reason": reason}
             for uid, subset, reason in zip(failed["series_uid"], failed["subset"], reasons, strict=True)
@@ -171,6 +181,7 @@ def _header(info: Mapping[str, Any]) -> list[str]:
     low, high = parameters["hu"]
     shape = " × ".join(str(side) for side in parameters["crop_shape"])
     padded = f"{counts['padded_crops']:,} padded at the border"
+    spacing = [spacing_text(parameters["resample_mm"])] if "resample_mm" in parameters else []
     volumes = [_plural(counts["volumes"], "volume"), _size(sizes["volumes"])] if counts["volumes"] else ["none"]
     made = [
         f"HU {low:g} to {high:g}".replace("-", "−"),
@@ -181,7 +192,7 @@ def _header(info: Mapping[str, Any]) -> list[str]:
         *_wrapped("store", [info["store_id"]]),
         *_wrapped("holds", [scans, *people, _plural(counts["crops"], "crop")]),
         *_wrapped("nodules", [_plural(counts["nodules"], "crop") + of]),
-        *_wrapped("crops", [shape, info["dtype"], _size(sizes["crops"]), padded]),
+        *_wrapped("crops", [shape, *spacing, info["dtype"], _size(sizes["crops"]), padded]),
         *_wrapped("volumes", volumes),
         *_wrapped("targets", _targets(counts, sizes)),
         *_wrapped("made with", [*made, f"every {parameters['val_stride']}th to val"]),
@@ -254,7 +265,10 @@ def format_info(info: Mapping[str, Any]) -> str:
     for label, split in (("by series", "split_series"), ("by candidate", "split_candidate")):
         parts = info["by_split"][split].items()
         lines += _wrapped(label, [f"{k} {p['crops']:,} ({_plural(p['nodules'], 'nodule')})" for k, p in parts])
-    lines += _wrapped("malignancy", [f"{n:,} {name}" for name, n in info["malignancy"].items()])
+    rated = [] if info["malignancy_mean"] is None else [f"mean rating {info['malignancy_mean']:.2f} of 5"]
+    lines += _wrapped("malignancy", [f"{n:,} {name}" for name, n in info["malignancy"].items()] + rated)
+    subtypes = list(info["subtype"].items())[:MAX_SUBTYPES]
+    lines += _wrapped("subtype", [f"{n:,} {subtype_title(name)}" for name, n in subtypes]) if subtypes else []
     blocks = [_header(info), _subset_table(info), lines, _histogram(info), _failures(info)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -262,6 +276,16 @@ def format_info(info: Mapping[str, Any]) -> str:
 def printable(text: str) -> str:
     """Text with each character that would not print (a control or an escape) as ``?``."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def spacing_text(resample_mm: Sequence[float]) -> str:
+    """What a voxel of a resampled crop measures.
+
+    >>> spacing_text([1.0, 1.0, 1.0]), spacing_text((1.25, 0.7, 0.7))
+    ('resampled to 1 mm', 'resampled to 1.25 × 0.7 × 0.7 mm')
+    """
+    sides = resample_mm[:1] if len(set(resample_mm)) == 1 else resample_mm
+    return f"resampled to {' × '.join(f'{mm:g}' for mm in sides)} mm"
 
 
 def short_uid(series_uid: str, width: int = 40) -> str:
@@ -322,6 +346,25 @@ def find_series(store: "Store", series_uid: str) -> dict[str, Any]:
     return {str(key): value for key, value in usable.iloc[0].items()}
 
 
+def _opinions(record: "pd.Series[Any]") -> list[str]:
+    """What the store says of a nodule: malignant or not, its ratings, its subtype."""
+    said = []
+    if not pd.isna(record["is_malignant"]):
+        said.append("malignant" if record["is_malignant"] else "benign")
+    if not pd.isna(record["malignancy_votes"]):
+        votes = printable(str(record["malignancy_votes"]))
+        said.append(f"rated {votes} (mean {record['malignancy_mean']:.1f})")
+    if not pd.isna(record["subtype"]):
+        said.append(subtype_title(record["subtype"]))
+    return said
+
+
+def subtype_title(subtype: object) -> str:
+    """A subtype with what its letter stands for: ``A (adenocarcinoma)``."""
+    name = schema.SUBTYPE_NAMES.get(str(subtype))
+    return printable(str(subtype)[:40]) + (f" ({name})" if name else "")
+
+
 def candidate_text(record: "pd.Series[Any]") -> str:
     """Title of a candidate's picture, three lines: what it is, where it is in the store, where in the patient."""
     what = "not a nodule"
@@ -329,7 +372,7 @@ def candidate_text(record: "pd.Series[Any]") -> str:
         what = (
             "nodule, diameter unknown" if pd.isna(record["diameter_mm"]) else f"nodule, {record['diameter_mm']:.1f} mm"
         )
-        what += "" if pd.isna(record["is_malignant"]) else " · malignant" if record["is_malignant"] else " · benign"
+        what += "".join(f" · {said}" for said in _opinions(record))
     where = [f"series {short_uid(record['series_uid'])}", f"subset {record['subset']}"]
     if not pd.isna(record["patient_id"]):
         where.insert(1, f"patient {printable(str(record['patient_id']))}")
@@ -368,12 +411,6 @@ def grid_of(scan: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[
     """Spacing (mm per slice, row, column) of a row of scans.parquet, and which array axes run against LPS."""
     (x, y, z), signs = scan["spacing"], np.array(scan["direction"], dtype=np.float64)[[8, 4, 0]] < 0
     return (float(z), float(y), float(x)), (bool(signs[0]), bool(signs[1]), bool(signs[2]))
-
-
-def crop_centers(rows: pd.DataFrame) -> list[list[int]]:
-    """Centre of each manifest row in its crop: slice, row, column."""
-    starts = rows[[f"start_{name}" for name in INDEX]].to_numpy()
-    return [[int(c) for c in center] for center in rows[INDEX].to_numpy() - starts]
 
 
 def nodules_by_size(candidates: pd.DataFrame) -> pd.DataFrame:

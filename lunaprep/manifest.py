@@ -9,7 +9,7 @@ import pandas as pd
 
 from lunaprep import schema
 from lunaprep.candidates import XYZ, match_annotations, size_order
-from lunaprep.crops import is_padded, window_starts
+from lunaprep.crops import is_padded, is_sample_padded, sample_starts, step_of, window_starts
 from lunaprep.parameters import Parameters
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_plan import ScanJob
@@ -19,6 +19,10 @@ from lunaprep.store.receipt import Receipt, ScanRecord
 
 START = ("start_index", "start_row", "start_col")
 CENTER = ("index", "row", "col")
+FIRST = ("first_index", "first_row", "first_col")
+"""Exact place of a resampled crop's first voxel in its scan; not kept in the table, as `CROP_CENTER` tells it too."""
+
+CROP_CENTER = ("center_index", "center_row", "center_col")
 
 
 def plan_rows(
@@ -43,7 +47,26 @@ def plan_rows(
     columns: dict[str, Any] = {name: center[:, axis] for axis, name in enumerate(CENTER)}
     columns |= {name: start[:, axis] for axis, name in enumerate(START)}
     rows = rows.assign(is_padded=padded, **columns)[inside].reset_index(drop=True)
+    if parameters.resample_mm is not None:
+        rows = _resampled(rows, parameters, scans)
     return _add_nodules(rows, source, parameters.match), outside
+
+
+def _resampled(rows: pd.DataFrame, parameters: Parameters, scans: Mapping[str, Scan]) -> pd.DataFrame:
+    """Rows of crops with a spacing of their own: around the exact centre, `START` the voxel nearest to their first."""
+    assert parameters.resample_mm is not None
+    first, at, padded = np.zeros((len(rows), 3)), np.zeros((len(rows), 3)), np.zeros(len(rows), dtype=bool)
+    xyz, shape = rows[list(XYZ)].to_numpy(dtype=np.float64), parameters.crop_shape
+    for series_uid, members in rows.groupby("series_uid").indices.items():
+        grid = scans[str(series_uid)].geometry
+        center, step = grid.xyz_to_irc(xyz[members]), step_of(parameters.resample_mm, grid.spacing_irc)
+        first[members] = sample_starts(center, grid.shape_irc, shape, step, parameters.edge)
+        at[members] = (center - first[members]) / np.array(step)
+        padded[members] = is_sample_padded(first[members], grid.shape_irc, shape, step)
+    columns: dict[str, Any] = {name: first[:, axis] for axis, name in enumerate(FIRST)}
+    columns |= {name: np.rint(first[:, axis]).astype(np.int64) for axis, name in enumerate(START)}
+    columns |= {name: at[:, axis] for axis, name in enumerate(CROP_CENTER)}
+    return rows.assign(is_padded=padded, **columns)
 
 
 def _outside_line(row: "pd.Series[Any]", center: npt.NDArray[np.int64], scan: Scan) -> str:
@@ -55,7 +78,7 @@ def _outside_line(row: "pd.Series[Any]", center: npt.NDArray[np.int64], scan: Sc
 
 
 def _add_nodules(rows: pd.DataFrame, source: SourceData, rule: str) -> pd.DataFrame:
-    """Add diameter_mm, annotation_id, is_malignant, subtype and patient_id."""
+    """Add diameter_mm, annotation_id, patient_id, and what is said of the nodule: malignancy and subtype."""
     annotations = source.annotations
     match = match_annotations(rows, annotations, rule)
     hit = match >= 0
@@ -63,11 +86,13 @@ def _add_nodules(rows: pd.DataFrame, source: SourceData, rule: str) -> pd.DataFr
     diameter = np.full(len(rows), np.nan)
     annotation_id = pd.array([pd.NA] * len(rows), dtype="Int64")
     malignant = pd.array([pd.NA] * len(rows), dtype="boolean")
-    subtype = np.full(len(rows), None, dtype=object)
+    subtype, votes = (np.full(len(rows), None, dtype=object) for _ in range(2))
     if hit.any():
         diameter[hit] = annotations["diameter_mm"].to_numpy()[safe[hit]]
         annotation_id[hit] = annotations["annotation_id"].to_numpy()[safe[hit]]
-        malignant[hit] = malignancy_of(annotations, source.malignancy)[safe[hit]]
+        said = opinions(annotations, source.malignancy)
+        malignant[hit] = said["is_malignant"].array[safe[hit]]
+        votes[hit] = said["malignancy_votes"].to_numpy(dtype=object)[safe[hit]]
         if "subtype" in annotations:
             subtype[hit] = annotations["subtype"].to_numpy(dtype=object)[safe[hit]]
     return rows.assign(
@@ -75,19 +100,29 @@ def _add_nodules(rows: pd.DataFrame, source: SourceData, rule: str) -> pd.DataFr
         annotation_id=annotation_id,
         is_malignant=malignant,
         subtype=subtype,
+        malignancy_mean=[np.mean([int(k) for k in text.split(",")]) if text else np.nan for text in votes],
+        malignancy_votes=votes,
         patient_id=rows["series_uid"].map(source.patients).astype(object),
     )
 
 
-def malignancy_of(annotations: pd.DataFrame, malignancy: pd.DataFrame | None) -> Any:
-    """Malignancy of each annotation, a nullable boolean array: that of the nearest labelled nodule in its radius."""
-    labels = pd.array([pd.NA] * len(annotations), dtype="boolean")
-    if malignancy is None or malignancy.empty:
-        return labels
-    match = match_annotations(annotations, malignancy, "radius")
-    hit = match >= 0
-    labels[hit] = malignancy["is_malignant"].to_numpy()[match[hit]]
-    return labels
+def opinions(annotations: pd.DataFrame, malignancy: pd.DataFrame | None) -> pd.DataFrame:
+    """What is said of each annotation by the nearest labelled nodule in whose radius it lies.
+
+    Returns
+    -------
+    DataFrame
+        `is_malignant` (boolean) and `malignancy_votes` (text or None), a row for each annotation; null without one.
+    """
+    malignant = pd.array([pd.NA] * len(annotations), dtype="boolean")
+    votes = np.full(len(annotations), None, dtype=object)
+    if malignancy is not None and not malignancy.empty:
+        match = match_annotations(annotations, malignancy, "radius")
+        hit = match >= 0
+        malignant[hit] = malignancy["is_malignant"].to_numpy()[match[hit]]
+        if "malignancy_votes" in malignancy:
+            votes[hit] = malignancy["malignancy_votes"].to_numpy(dtype=object)[match[hit]]
+    return pd.DataFrame({"is_malignant": malignant, "malignancy_votes": pd.Series(votes, dtype=object)})
 
 
 def built_rows(planned: pd.DataFrame, receipt: Receipt) -> pd.DataFrame:
@@ -167,9 +202,9 @@ def scan_row(
     shape = scan.geometry.shape_irc if scan else (None, None, None)
     row |= dict(zip(names, shape, strict=True))
     row |= {name: list(getattr(scan.geometry, name)) if scan else None for name in ("spacing", "origin", "direction")}
-    row["is_thin"] = (
-        any(n < side for n, side in zip(scan.geometry.shape_irc, crop_shape, strict=True)) if scan else None
-    )
+    steps = (job.step_irc if job else None) or (1.0, 1.0, 1.0)
+    spans = [side * step for side, step in zip(crop_shape, steps, strict=True)]
+    row["is_thin"] = any(n < span for n, span in zip(scan.geometry.shape_irc, spans, strict=True)) if scan else None
     volume = record.volume
     row["volume_file"] = volume.file if volume else None
     row["volume_bytes"] = volume.bytes if volume else None

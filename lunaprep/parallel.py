@@ -1,36 +1,56 @@
 """Run the shards on several processes, with progress; a scan that kills its worker costs only itself."""
 
+import os
+import secrets
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
 
 import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
+from lunaprep.cluster import run_on_cluster
 from lunaprep.errors import LunaprepError
-from lunaprep.shard_work import ShardTask, excluding, run_shard
+from lunaprep.shard_work import KILLED, ShardTask, excluding, run_shard
 from lunaprep.store.receipt import Receipt
 
 POLL_S = 0.5
+SLOW_S = 120.0
+"""A scan that is read for longer is named."""
+
 MAX_BLIND_CRASHES = 3
 """How often workers may die before any scan can be blamed."""
 
-KILLED = (
-    "reading it killed its worker twice (no memory, or a crash in a library). Look at the file, or use fewer --workers"
-)
+Backend = Literal["loky", "dask"]
 
 
-def run_tasks(tasks: Sequence[ShardTask], workers: int, *, progress: bool) -> Iterator[Receipt]:
+@dataclass(frozen=True)
+class Crew:
+    """Who does the work: processes of this machine (``loky``), or a Dask cluster."""
+
+    workers: int
+    """Processes here; with 1 and ``loky`` the work is done in this one."""
+
+    backend: Backend = "loky"
+    scheduler: str | None = None
+    """Address of the Dask scheduler, or the file it wrote; None starts a cluster here."""
+
+
+def run_tasks(tasks: Sequence[ShardTask], crew: Crew, *, progress: bool) -> Iterator[Receipt]:
     """Yield the receipt of each task as it is done, in any order.
 
     Parameters
     ----------
     tasks : sequence of ShardTask
         The shards to work on.
-    workers : int
-        Processes; with 1 the work is done in this one.
+    crew : Crew
+        Who does it.
     progress : bool
         Whether to show a bar on stderr.
 
@@ -39,26 +59,36 @@ def run_tasks(tasks: Sequence[ShardTask], workers: int, *, progress: bool) -> It
     NoSpaceError
         The disk is full.
     LunaprepError
-        Workers die and no scan is to blame.
+        Workers die and no scan is to blame, or the cluster is not what it must be.
     """
-    pending = {task.shard.name: task for task in tasks}
+    by_name = {task.shard.name: task for task in tasks}
+    dask = crew.backend == "dask"
+    done = run_on_cluster(tasks, crew.workers, crew.scheduler) if dask else _run_here(by_name, crew.workers)
+    with _progress_bar(tasks, progress) as finish, closing(done):
+        for name, receipt in done:
+            finish(by_name[name])
+            yield receipt
+
+
+def _run_here(tasks: Mapping[str, ShardTask], workers: int) -> Generator[tuple[str, Receipt], None, None]:
+    attempt = secrets.token_hex(8)  # half-written files of its own: a worker of a killed build may still be at work
+    pending = {name: replace(task, attempt=attempt) for name, task in tasks.items()}
     crashes = 0
-    with _progress_bar(tasks, progress) as finish:
-        while pending:
-            try:
-                for name, receipt in _parallel(list(pending.values()), workers):
-                    finish(pending.pop(name))
-                    yield receipt
-            except TerminatedWorkerError as error:
-                suspects = [task for task in pending.values() if task.now_path.exists()]
-                crashes += not suspects
-                if crashes > MAX_BLIND_CRASHES:
-                    message = f"worker processes keep dying ({str(error).splitlines()[0][:120]}). Use fewer --workers"
-                    raise LunaprepError(message) from error
-                for task in suspects:
-                    receipt = _run_alone(task)
-                    finish(pending.pop(task.shard.name))
-                    yield receipt
+    while pending:
+        try:
+            for name, receipt in _parallel(list(pending.values()), workers):
+                del pending[name]
+                yield name, receipt
+        except TerminatedWorkerError as error:
+            suspects = [task for task in pending.values() if task.now_path.exists()]
+            crashes += not suspects
+            if crashes > MAX_BLIND_CRASHES:
+                message = f"worker processes keep dying ({str(error).splitlines()[0][:120]}). Use fewer --workers"
+                raise LunaprepError(message) from error
+            for task in suspects:
+                receipt = _run_alone(task)
+                del pending[task.shard.name]
+                yield task.shard.name, receipt
 
 
 def _parallel(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[str, Receipt]]:
@@ -67,7 +97,25 @@ def _parallel(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[str, R
         return
     # max_nbytes: joblib would hand large arrays over as read-only memory maps in temporary files
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", max_nbytes=None)
-    yield from pool(joblib.delayed(run_shard)(task) for task in tasks)
+    yield from pool(joblib.delayed(_run_below)(task, os.getpid()) for task in tasks)
+
+
+def _run_below(task: ShardTask, parent: int) -> tuple[str, Receipt]:
+    """What a worker process does."""
+    _end_with(parent)
+    return run_shard(task)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """End this process as soon as the build is gone: killed, it could not say so, and loky's workers would write on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_alone(task: ShardTask) -> Receipt:
@@ -75,7 +123,7 @@ def _run_alone(task: ShardTask) -> Receipt:
     for _ in range(len(task.shard.jobs) + 1):
         try:
             pool = joblib.Parallel(2, backend="loky", max_nbytes=None)
-            return pool([joblib.delayed(run_shard)(task)])[0][1]  # type: ignore[no-any-return]
+            return pool([joblib.delayed(_run_below)(task, os.getpid())])[0][1]  # type: ignore[no-any-return]
         except TerminatedWorkerError:
             series_uid = task.now_path.read_text(encoding="utf-8").split()[1]
             task = excluding(task, {series_uid: KILLED})
@@ -93,18 +141,26 @@ def _progress_bar(tasks: Sequence[ShardTask], show: bool) -> Iterator[Callable[[
     bar: Any = tqdm(total=total, unit="scan", desc="build", smoothing=0.05, disable=None if show else True)
 
     def count() -> int:
-        return sum(len(t.shard.jobs) if t.shard.name in done else _scans_done(t) for t in tasks)
+        begun = _begun(tasks)  # of thousands, a few: each look is a question to the disk, which may be far away
+        return sum(
+            len(task.shard.jobs) if task.shard.name in done else _scans_done(task)
+            for task in tasks
+            if task.shard.name in done or task.now_path.name in begun
+        )
 
     def watch() -> None:
+        due: dict[str, tuple[float, float]] = {}
         while not stop.wait(POLL_S):
             bar.update(max(0, count() - bar.n))
+            for line in _slow_scans(tasks, due, time.monotonic()):
+                tqdm.write(line, file=sys.stderr)
 
     def finish(task: ShardTask) -> None:
         done.add(task.shard.name)
         task.now_path.unlink(missing_ok=True)
 
     thread = threading.Thread(target=watch, daemon=True)
-    if not bar.disable:
+    if show:
         thread.start()
     try:
         yield finish
@@ -116,8 +172,40 @@ def _progress_bar(tasks: Sequence[ShardTask], show: bool) -> Iterator[Callable[[
         bar.close()
 
 
+def _begun(tasks: Sequence[ShardTask]) -> set[str]:
+    """Names of the small files that are there."""
+    return {path.name for task in tasks[:1] for path in task.now_path.parent.glob("*.now")}
+
+
 def _scans_done(task: ShardTask) -> int:
+    return _progress_of(task)[0]
+
+
+def _progress_of(task: ShardTask) -> tuple[int, str]:
+    """How many scans of a shard are done, and which one is being read."""
     try:
-        return int(task.now_path.read_text(encoding="utf-8").split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0
+        done, series_uid = task.now_path.read_text(encoding="utf-8").split()
+        return int(done), series_uid
+    except (OSError, ValueError):
+        return 0, ""
+
+
+def _slow_scans(tasks: Sequence[ShardTask], due: dict[str, tuple[float, float]], now: float) -> Iterator[str]:
+    """A line for each scan that has been read for long, and again when it has been twice as long.
+
+    A disk that does not answer, as a network disk may for ever, looks like work otherwise. How long is too long, only
+    the user knows: nothing is killed.
+    """
+    names = _begun(tasks)
+    running = {_progress_of(task)[1] for task in tasks if task.now_path.name in names} - {""}
+    for series_uid in set(due) - running:
+        del due[series_uid]
+    for series_uid in running - set(due):
+        due[series_uid] = now, SLOW_S
+    for series_uid, (began, limit) in due.items():
+        if now - began > limit:
+            due[series_uid] = began, 2 * limit
+            yield (
+                f"lunaprep: series {series_uid} has been read for {now - began:.0f} s. If its disk does not answer, "
+                "Ctrl-C ends the build; what was finished is kept"
+            )

@@ -10,6 +10,7 @@ from lunaprep.errors import UsageError
 MIN_CROP_VOXELS = 512
 MAX_CROP_SIDE = 512
 MAX_RATIO = 1000
+RESAMPLE_LIMITS_MM = (0.1, 10.0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Parameters:
         Slabs that are no nodule for each one that is, about; see `lunaprep.slabs`.
     shard_bytes : int
         Greatest size of a shard, unless one scan alone is larger.
+    resample_mm : tuple of 3 float, optional
+        Spacing that crops are resampled to, mm to a slice, row, column; None keeps the scan's.
     """
 
     crop_shape: tuple[int, int, int] = (32, 48, 48)
@@ -44,6 +47,7 @@ class Parameters:
     val_stride: int = 10
     slab_negatives: float = 1.0
     shard_bytes: int = 1 << 30
+    resample_mm: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         shape = self.crop_shape
@@ -58,10 +62,18 @@ class Parameters:
         _require(self.val_stride >= 2, "val_stride", self.val_stride, "2 or more")
         _require(0 <= self.slab_negatives <= MAX_RATIO, "slab_negatives", self.slab_negatives, f"0 to {MAX_RATIO}")
         _require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 byte or more")
+        if self.resample_mm is not None:
+            low_mm, high_mm = RESAMPLE_LIMITS_MM
+            good = len(self.resample_mm) == 3 and all(low_mm <= mm <= high_mm for mm in self.resample_mm)
+            _require(good, "resample_mm", self.resample_mm, f"one spacing or three, {low_mm:g} to {high_mm:g} mm")
+            if self.dtype == "int16":
+                message = "--dtype int16 would lose something: resampled values (--resample-mm) are not whole numbers. "
+                raise UsageError(message + "Use --dtype float32, or auto")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the parameters as store.json keeps them."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        """Return the parameters as store.json keeps them; a spacing of the crops' own only where they have one."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return values if self.resample_mm else {key: v for key, v in values.items() if key != "resample_mm"}
 
 
 def parameters_from_json(value: dict[str, Any]) -> Parameters:

@@ -28,6 +28,7 @@ from matplotlib.style import context as style_context
 
 from lunaprep import info, worst
 from lunaprep.errors import UsageError
+from lunaprep.store.reader import crop_centers
 
 if TYPE_CHECKING:
     from lunaprep.store.reader import Store
@@ -387,7 +388,8 @@ def candidate_picture(store: "Store", candidate_id: int, out: Path) -> None:
     record = store.manifest.iloc[[row]]
     spacing, flips = info.grid_of(info.find_series(store, record["series_uid"].iloc[0]))
     diameter, text = float(record["diameter_mm"].iloc[0]), info.candidate_text(record.iloc[0])
-    draw_crop(store.crops(np.array([row]))[0], text, spacing, out, diameter, info.crop_centers(record)[0], flips)
+    crop, center = store.crops(np.array([row]))[0], crop_centers(record)[0].tolist()
+    draw_crop(crop, text, store.crop_spacing or spacing, out, diameter, center, flips)
 
 
 def _draw_rows(
@@ -401,7 +403,7 @@ def _draw_rows(
     captions = [info.candidate_caption(record) for _, record in table.iterrows()]
     if notes is not None:
         captions = [f"{note} · {caption}" for note, caption in zip(notes, captions, strict=True)]
-    draw_montage(list(store.crops(rows)), captions, title, out, list(table["is_nodule"]), info.crop_centers(table))
+    draw_montage(list(store.crops(rows)), captions, title, out, list(table["is_nodule"]), crop_centers(table).tolist())
 
 
 def series_picture(store: "Store", series_uid: str, out: Path) -> None:

@@ -7,15 +7,19 @@ add what it lacks (volumes, targets).
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import xxhash
 
 from lunaprep import schema
+from lunaprep.crops import step_of
 from lunaprep.errors import ScanError
-from lunaprep.manifest import START, plan_rows
+from lunaprep.manifest import FIRST, START, plan_rows
 from lunaprep.masks import MARGIN_MM, THRESHOLD_HU, TISSUE_HU, Nodule
 from lunaprep.parameters import Parameters
 from lunaprep.scans.open import open_scan
@@ -28,6 +32,9 @@ from lunaprep.store.receipt import Receipt
 
 TARGETS_METHOD = 1
 """Number of the way masks are made; a new one makes them all anew."""
+
+RESAMPLE_METHOD = 1
+"""Number of the way crops are resampled; a new one cuts them all anew."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Plan:
     source: SourceData
     parameters: Parameters
     dtype: str
+    """Type of the slabs, and of crops that are not resampled."""
+
     volumes: bool
     targets: bool
     rows: pd.DataFrame
@@ -59,6 +68,11 @@ class Plan:
     num_absent: int
     notes: tuple[str, ...] = ()
     """What the source says of itself, and a line for each lung mask that cannot be used, as far as known now."""
+
+    @property
+    def crop_dtype(self) -> str:
+        """Type of the crops: resampled ones are float32."""
+        return self.dtype if self.parameters.resample_mm is None else "float32"
 
     @property
     def to_do(self) -> tuple[ShardPlan, ...]:
@@ -78,7 +92,7 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes to write; volumes are taken at half their float32 size, their masks at a twentieth of a byte."""
-        one = schema.crop_bytes(self.parameters.crop_shape, self.dtype)
+        one = schema.crop_bytes(self.parameters.crop_shape, self.crop_dtype)
         size = sum(shard.rows * one + schema.DATA_OFFSET for shard in self.to_do if shard.action == "build")
         if self.targets:
             slab = schema.crop_bytes(schema.SLAB_SHAPE, self.dtype) + schema.crop_bytes(schema.SLAB_SHAPE, "uint8")
@@ -118,7 +132,7 @@ def make_plan(
     rows, outside = plan_rows(source, parameters, scans)
     num_absent = int((~source.candidates["series_uid"].isin(subset_of)).sum())
     dtype = _resolve_dtype(parameters, scans.values())
-    one = schema.crop_bytes(parameters.crop_shape, dtype)
+    one = schema.crop_bytes(parameters.crop_shape, "float32" if parameters.resample_mm else dtype)
     listed = source.candidates["series_uid"].value_counts()
     jobs_of, slabs, notes = _jobs(source, parameters, scans, rows)
     shards: list[ShardPlan] = []
@@ -133,9 +147,8 @@ def make_plan(
                 shards.append(ShardPlan(subset, number, jobs, *keys))
     unit_of = {job.scan.series_uid: unit for unit, shard in enumerate(shards) for job in shard.jobs}
     rows = rows.assign(unit=rows["series_uid"].map(unit_of).astype("int64"), subset=rows["series_uid"].map(subset_of))
-    order = np.lexsort(
-        [rows["candidate_id"], *(rows[name] for name in reversed(START)), rows["series_uid"], rows["unit"]]
-    )
+    series = pd.factorize(rows["series_uid"], sort=True)[0]  # numbers sort faster than text
+    order = _row_order(rows, series, rows["unit"])
     slabs = slabs.assign(unit=slabs["series_uid"].map(unit_of).astype("int64"))
     return Plan(
         source=source,
@@ -222,22 +235,39 @@ def _jobs(
     nodules = scan_nodules(source.annotations, scans, source.masks)
     slabs = plan_slabs(source, parameters, scans, nodules, rows)
     lungs, notes = _open_lungs(source.lungs, scans)
-    members, slabs_of = rows.groupby("series_uid").indices, slabs.groupby("series_uid").indices
+    mm = parameters.resample_mm
+    starts_of = _by_series(rows, FIRST if mm else START, _row_order)
+    slabs_of = _by_series(slabs, START, slab_order)
     jobs = {}
     for uid, scan in scans.items():
-        mine, my_slabs = rows.iloc[members.get(uid, [])], slabs.iloc[slabs_of.get(uid, [])]
-        order = np.lexsort([mine["candidate_id"], *(mine[name] for name in reversed(START))])
         source_key = {"header": scan.header_xxh3, "bytes": scan.data_bytes, "version": schema.FORMAT_VERSION}
         jobs[uid] = ScanJob(
             scan=scan,
-            starts=mine[list(START)].to_numpy(dtype=np.int64)[order],
-            slab_starts=my_slabs[list(START)].to_numpy(dtype=np.int64)[slab_order(my_slabs, np.zeros(len(my_slabs)))],
+            starts=starts_of.get(uid, np.zeros((0, 3), dtype=np.float64 if mm else np.int64)),
+            slab_starts=slabs_of.get(uid, np.zeros((0, 3), dtype=np.int64)),
             nodules=tuple(nodules[uid].values()),
             lungs=lungs.get(uid),
             volume_key=digest({**source_key, "hu": parameters.hu, "chunk": schema.VOLUME_CHUNK_IRC}),
             targets_key=_targets_key(source_key, nodules[uid].values(), lungs.get(uid)),
+            step_irc=step_of(mm, scan.geometry.spacing_irc) if mm else None,
         )
     return jobs, slabs, notes
+
+
+def _row_order(rows: pd.DataFrame, *units: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Order of the manifest's rows: the last unit first, then the other, then start, candidate."""
+    keys = [rows[name].to_numpy() for name in ("candidate_id", *reversed(START))]
+    return np.asarray(np.lexsort([*keys, *map(np.asarray, units)]))
+
+
+def _by_series(
+    rows: pd.DataFrame, names: Sequence[str], order: Callable[[pd.DataFrame, npt.ArrayLike], npt.NDArray[np.int64]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Three columns of each series as an array, in order. One sort of all: pandas takes milliseconds a series."""
+    codes, uids = pd.factorize(rows["series_uid"])
+    values = rows[list(names)].to_numpy()[order(rows, codes)]
+    bounds = np.cumsum([0, *np.bincount(codes, minlength=len(uids))])
+    return {str(uid): values[start:stop] for uid, (start, stop) in zip(uids, pairwise(bounds), strict=True)}
 
 
 def _open_lungs(folder: Path | None, scans: Mapping[str, Scan]) -> tuple[dict[str, Scan], tuple[str, ...]]:
@@ -262,8 +292,11 @@ def _targets_key(source_key: Mapping[str, object], nodules: Iterable[Nodule], lu
 
 
 def _plan_key(parameters: Parameters, dtype: str, jobs: Sequence[ScanJob], place: str) -> str:
+    own = {"resample_mm": parameters.resample_mm, "method": RESAMPLE_METHOD} if parameters.resample_mm else {}
+    kind = "<f8" if own else "<i8"
     return digest(
         {
+            **own,
             "version": schema.FORMAT_VERSION,
             "place": place,
             "crop_shape": parameters.crop_shape,
@@ -275,7 +308,7 @@ def _plan_key(parameters: Parameters, dtype: str, jobs: Sequence[ScanJob], place
                     "series_uid": job.scan.series_uid,
                     "header": job.scan.header_xxh3,
                     "bytes": job.scan.data_bytes,
-                    "starts": xxhash.xxh3_128_hexdigest(job.starts.astype("<i8").tobytes()),
+                    "starts": xxhash.xxh3_128_hexdigest(job.starts.astype(kind).tobytes()),
                 }
                 for job in jobs
             ],

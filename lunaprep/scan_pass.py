@@ -3,6 +3,7 @@
 It keeps a window of slices, never a scan.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lunaprep.crops import cut_crop
+from lunaprep import schema
+from lunaprep.crops import Triple, cut_crop, needed_voxels, resample_crop
 from lunaprep.errors import ScanError
-from lunaprep.geometry import IntArray
+from lunaprep.geometry import FloatArray, IntArray
 from lunaprep.scans.open import iter_slabs
 from lunaprep.scans.scan import Scan
 from lunaprep.store.shard import ShardWriter
@@ -26,7 +28,7 @@ from lunaprep.targets import TargetMaker
 SLAB_SLICES = 32
 """Slices read at a time: a multiple of the volume chunk's depth."""
 
-BATCH_CROPS = 7
+BATCH_BYTES = 1 << 20
 """Crops cut before they are hashed and written: about 1 MB, so that they are still in the cache then."""
 
 BATCHES = 16
@@ -38,15 +40,44 @@ WINDOW_SLABS = 2
 
 @dataclass(frozen=True)
 class Cut:
-    """Crops to cut: first voxels (n, 3), sorted by slice, and the shard they go to, in this order."""
+    """Crops to cut: first voxels (n, 3), sorted by slice, and the shard they go to, in this order.
 
-    starts: IntArray
+    With a step (see `lunaprep.crops.step_of`) they are resampled; the starts are then places between voxels.
+    """
+
+    starts: IntArray | FloatArray
     writer: ShardWriter
+    step_irc: Triple | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Slices, rows, columns of a crop."""
         return self.writer.crop_shape
+
+    @property
+    def depth(self) -> int:
+        """Slices of the scan that a crop may need at once, counted from the start of the one before."""
+        return crop_depth(self.shape[0], self.step_irc)
+
+    @property
+    def batch_crops(self) -> int:
+        """Crops to hash and write at a time."""
+        return batch_crops(schema.crop_bytes(self.shape, self.writer.dtype))
+
+    def stop(self, k: int, num_slices: int) -> int:
+        """Slices of the scan, counted from its first, that must have been read for crop `k`."""
+        start, side = self.starts[k, 0], self.shape[0]
+        if self.step_irc is None:
+            return min(int(start) + side, num_slices)
+        return needed_voxels(float(start), self.step_irc[0], side, num_slices)[1]
+
+    def make(self, k: int, window: "_Window", out: npt.NDArray[Any], fill: float) -> None:
+        """Cut crop `k`."""
+        i, r, c = self.starts[k].tolist()
+        if self.step_irc is None:
+            cut_crop(window.slices, window.first, (i, r, c), out, fill)
+        else:
+            resample_crop(window.slices, window.first, window.num_slices, (i, r, c), self.step_irc, out, fill)
 
 
 @dataclass(frozen=True)
@@ -76,7 +107,7 @@ def pass_over(
     hu : tuple of 2 int
         Window to clip to, HU.
     dtype : {"int16", "float32"}
-        Type of the crops.
+        Type of the slabs, and of crops that are not resampled.
     cuts : sequence of Cut
         Crops to cut, and slabs.
     volume : VolumeWriter, optional
@@ -89,7 +120,7 @@ def pass_over(
     ScanError
         The voxels are not what the header says, or int16 would lose something.
     """
-    window = _Window(scan, hu, dtype, max((cut.shape[0] for cut in cuts), default=1))
+    window = _Window(scan, hu, dtype, max((cut.depth for cut in cuts), default=1))
     hasher = xxhash.xxh3_128()
     with ExitStack() as stack:
         cutters = [stack.enter_context(_Cutter(window, cut, fill=hu[0])) for cut in cuts]
@@ -104,6 +135,20 @@ def pass_over(
         for cutter in cutters:
             cutter.finish()
     return PassFacts(hasher.hexdigest(), window.hu_min, window.hu_max, window.num_clipped / window.num_voxels)
+
+
+def crop_depth(num_slices: int, step_irc: Triple | None) -> int:
+    """Slices of the scan that must be kept for crops of so many slices.
+
+    Resampled ones reach one slice further; and they are sorted by their first place rounded, so that the next may
+    begin a slice before this one.
+    """
+    return num_slices if step_irc is None else math.ceil((num_slices - 1) * step_irc[0]) + 4
+
+
+def batch_crops(crop_bytes: int) -> int:
+    """Crops that are hashed and written at a time."""
+    return max(1, BATCH_BYTES // crop_bytes)
 
 
 class _Window:
@@ -169,13 +214,12 @@ class _Cutter:
 
     def __init__(self, window: _Window, cut: Cut, fill: float) -> None:
         self._window = window
-        self._starts = [(int(i), int(r), int(c)) for i, r, c in cut.starts]
-        self._depth = cut.shape[0]
+        self._cut = cut
         self._writer = cut.writer
         self._fill = fill
         self._next = 0
-        num_batches = min(BATCHES, len(cut.starts) // BATCH_CROPS + 1)
-        self._batches = np.empty((num_batches, BATCH_CROPS, *cut.shape), dtype=cut.writer.dtype)
+        num_batches = min(BATCHES, len(cut.starts) // cut.batch_crops + 1)
+        self._batches = np.empty((num_batches, cut.batch_crops, *cut.shape), dtype=cut.writer.dtype)
         self._batch = 0
         self._held = 0
         self._writing: deque[Future[None]] = deque()
@@ -189,20 +233,18 @@ class _Cutter:
 
     def cut_ready(self) -> None:
         """Cut all crops whose last slice has been read."""
-        while self._next < len(self._starts):
-            start = self._starts[self._next]
-            if min(start[0] + self._depth, self._window.num_slices) > self._window.stop:
+        while self._next < len(self._cut.starts):
+            if self._cut.stop(self._next, self._window.num_slices) > self._window.stop:
                 return
-            out = self._batches[self._batch, self._held]
-            cut_crop(self._window.slices, self._window.first, start, out, self._fill)
+            self._cut.make(self._next, self._window, self._batches[self._batch, self._held], self._fill)
             self._next += 1
             self._held += 1
-            if self._held == BATCH_CROPS:
+            if self._held == self._cut.batch_crops:
                 self._write()
 
     def finish(self) -> None:
         """Write what is left, and wait for it."""
-        assert self._next == len(self._starts), f"{self._next} of {len(self._starts)} crops were cut"
+        assert self._next == len(self._cut.starts), f"{self._next} of {len(self._cut.starts)} crops were cut"
         self._write()
         while self._writing:
             self._writing.popleft().result()

@@ -21,6 +21,9 @@ SLABS_DIR = "slabs"
 WORK_DIR = ".build"
 """Lock, half-written files and notes of the builder; not part of the store, may be deleted when idle."""
 
+JOURNAL_FILE = "commit.json"
+"""In `WORK_DIR`: there as long as one store takes the place of another."""
+
 LIBVER = ("v110", "v110")
 """HDF5 file format bounds: oldest that has the implicit chunk index, so any HDF5 >= 1.10 opens the store."""
 
@@ -62,6 +65,14 @@ SPLITS = ("train", "val")
 MASK_SOURCES = ("contours",)
 STATUSES = ("ok", "failed")
 
+SUBTYPE_NAMES = {
+    "A": "adenocarcinoma",
+    "B": "small cell carcinoma",
+    "E": "large cell carcinoma",
+    "G": "squamous cell carcinoma",
+}
+"""What the letters of `subtype` stand for (TCIA, Lung-PET-CT-Dx)."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -90,9 +101,9 @@ MANIFEST_COLUMNS = (
     Column("index", "int32", False, "slice of the voxel nearest to the centre"),
     Column("row", "int32", False, "row of the voxel nearest to the centre"),
     Column("col", "int32", False, "column of the voxel nearest to the centre"),
-    Column("start_index", "int32", False, "first slice of the crop; negative where it is padded"),
-    Column("start_row", "int32", False, "first row of the crop; negative where it is padded"),
-    Column("start_col", "int32", False, "first column of the crop; negative where it is padded"),
+    Column("start_index", "int32", False, "first slice of the crop, in the scan; negative where it is padded"),
+    Column("start_row", "int32", False, "first row of the crop, in the scan; negative where it is padded"),
+    Column("start_col", "int32", False, "first column of the crop, in the scan; negative where it is padded"),
     Column("is_padded", "bool", False, "whether part of the crop lies outside the scan (lower HU bound)"),
     Column("is_nodule", "bool", False, "class of the candidate"),
     Column("is_malignant", "bool", True, "malignancy of its nodule, where known"),
@@ -105,6 +116,17 @@ MANIFEST_COLUMNS = (
     Column("shard_row", "int32", False, "row of the crop in its shard"),
     Column("xxh3", "uint64", False, "XXH3-64 of the crop's stored bytes"),
     Column("subtype", "string", True, "kind of tumour of its nodule, as the source's letter; optional", True),
+    Column("malignancy_mean", "float64", True, "mean of `malignancy_votes`; optional", True),
+    Column(
+        "malignancy_votes",
+        "string",
+        True,
+        "readers' malignancy ratings (1 to 5) of its nodule, ascending: `2,2,4,4`; optional",
+        True,
+    ),
+    Column("center_index", "float64", True, "slice of a resampled crop that its centre lies in; optional", True),
+    Column("center_row", "float64", True, "row of a resampled crop that its centre lies in; optional", True),
+    Column("center_col", "float64", True, "column of a resampled crop that its centre lies in; optional", True),
 )
 
 SCAN_COLUMNS = (

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lunaprep.geometry import IntArray
+from lunaprep.crops import Triple
+from lunaprep.geometry import FloatArray, IntArray
 from lunaprep.masks import Nodule
 from lunaprep.scans.scan import Scan
 from lunaprep.store.receipt import Receipt, VolumeRecord
@@ -16,7 +17,7 @@ class ScanJob:
     """One readable scan of a shard, where its crops and slabs begin (n, 3), in the order they are stored, and why."""
 
     scan: Scan
-    starts: IntArray
+    starts: IntArray | FloatArray
     slab_starts: IntArray
     nodules: tuple[Nodule, ...]
     lungs: Scan | None
@@ -27,6 +28,9 @@ class ScanJob:
 
     targets_key: str
     """Fingerprint of what decides its masks."""
+
+    step_irc: Triple | None = None
+    """Of crops that are resampled, see `lunaprep.crops.step_of`; `starts` are then not whole numbers."""
 
     def volume_fits(self, volume: VolumeRecord | None, volumes: bool, targets: bool) -> bool:
         """Whether its volume is what a build with these wishes would make, or may stay as it is."""
@@ -58,6 +62,11 @@ class ShardPlan:
     def rows(self) -> int:
         """Crops planned."""
         return sum(len(job.starts) for job in self.jobs)
+
+    @property
+    def is_resampled(self) -> bool:
+        """Whether its crops have a spacing of their own."""
+        return any(job.step_irc is not None for job in self.jobs)
 
     @property
     def num_slabs(self) -> int:

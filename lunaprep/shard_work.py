@@ -9,8 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lunaprep import schema
-from lunaprep.errors import NoSpaceError, ScanError
-from lunaprep.scan_pass import BATCH_CROPS, BATCHES, SLAB_SLICES, WINDOW_SLABS, Cut, PassFacts, pass_over
+from lunaprep.errors import DiskError, ScanError
+from lunaprep.scan_pass import (
+    BATCHES,
+    SLAB_SLICES,
+    WINDOW_SLABS,
+    Cut,
+    PassFacts,
+    batch_crops,
+    crop_depth,
+    pass_over,
+)
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_plan import ScanJob, ShardPlan
 from lunaprep.store.files import digest, hash_files, publish, write_file
@@ -22,6 +31,11 @@ from lunaprep.targets import TargetMaker, target_bytes
 
 INTERPRETER_BYTES = 156 << 20
 """Resident memory of a worker that has done nothing: 64 MB, and with SimpleITK 154 MB, measured 2026-11-22."""
+
+KILLED = (
+    "reading it killed its worker twice (no memory, or a crash in a library). Look at the file, or use fewer --workers"
+)
+"""What is said of a scan that costs itself alone."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +52,23 @@ class ShardTask:
     excluded: tuple[tuple[str, str], ...] = ()
     """Series not to be touched, because they killed a worker before, and what to say of them."""
 
+    attempt: str = ""
+    """Folder for the half-written files of this try alone, where another may still be at work on the same shard."""
+
+    @property
+    def crop_dtype(self) -> str:
+        """Type of the crops; `dtype` is that of the slabs, and of crops that are not resampled."""
+        return "float32" if self.shard.is_resampled else self.dtype
+
     @property
     def scratch(self) -> Path:
         """Folder for half-written files."""
-        return self.out / schema.WORK_DIR / "tmp"
+        return self.out / schema.WORK_DIR / "tmp" / self.attempt
 
     @property
     def now_path(self) -> Path:
-        """File that says how many scans are done and which one is being read."""
-        return self.scratch / f"{self.shard.name}.now"
+        """File that says how many scans are done and which one is being read; the same for every try."""
+        return self.out / schema.WORK_DIR / "tmp" / f"{self.shard.name}.now"
 
 
 def run_shard(task: ShardTask) -> tuple[str, Receipt]:
@@ -77,7 +99,8 @@ def staged_receipt(out: Path, receipt: Receipt) -> Path:
 
 
 def _keep(task: ShardTask, receipt: Receipt) -> Receipt:
-    write_file(staged_receipt(task.out, receipt), receipt_bytes(receipt))
+    name = f"{receipt.shard_id}.json.partial"
+    write_file(staged_receipt(task.out, receipt), receipt_bytes(receipt), task.scratch / name)
     return receipt
 
 
@@ -131,7 +154,7 @@ class _Made:
 
 def _pass(task: ShardTask, job: ScanJob, crops: ShardWriter | None, slabs: SlabWriter | None, *, volume: bool) -> _Made:
     """One pass over a scan, into whatever is given."""
-    cuts = [Cut(job.starts, crops)] if crops else []
+    cuts = [Cut(job.starts, crops, job.step_irc)] if crops else []
     cuts += [Cut(job.slab_starts, slabs.slabs)] if slabs else []
     with ExitStack() as stack:
         writer = None
@@ -158,7 +181,7 @@ def _cut_shard(task: ShardTask) -> Receipt:
         crops = None
         if task.shard.rows:
             partial = task.scratch / f"{task.shard.name}.partial"
-            crops = stack.enter_context(ShardWriter(partial, task.shard.rows, task.crop_shape, task.dtype))
+            crops = stack.enter_context(ShardWriter(partial, task.shard.rows, task.crop_shape, task.crop_dtype))
         slabs = _slab_writer(stack, task)
         for count, job in enumerate(task.shard.jobs):
             _say(task, count, job.scan.series_uid)
@@ -183,12 +206,13 @@ def _take_scan(task: ShardTask, job: ScanJob, crops: ShardWriter | None, slabs: 
     writers = [(writer, writer.num_rows) for writer in (crops, slabs) if writer is not None]
     try:
         return _ok(job, _pass(task, job, crops, slabs, volume=task.volumes))
-    except NoSpaceError:
+    except DiskError:  # the store's disk, not the scan
         raise
     except ScanError as error:
         record = _failed(job.scan, str(error), retry=False)
     except (OSError, MemoryError) as error:
-        reason = f"{job.scan.path.name}: {error or 'not enough memory'}. Run the same command again to try it once more"
+        what = str(error) or "not enough memory"
+        reason = f"{job.scan.path.name}: {what}. Run the same command again to try it once more"
         record = _failed(job.scan, reason, retry=True)
     for writer, first_row in writers:
         writer.rewind(first_row)
@@ -263,16 +287,17 @@ def _say(task: ShardTask, count: int, series_uid: str) -> None:
 def worker_bytes(shard: ShardPlan, crop_shape: tuple[int, int, int], dtype: str, targets: bool = True) -> int:
     """Memory a worker needs at most for a shard, bytes: interpreter and libraries, window, batches of crops, masks."""
     size = schema.ITEM_BYTES[dtype]
-    depth = max(crop_shape[0], schema.SLAB_SHAPE[0])
     most = 0
     for job in shard.jobs:
         slices, rows, cols = job.scan.geometry.shape_irc
+        depth = max(crop_depth(crop_shape[0], job.step_irc), schema.SLAB_SHAPE[0])
         window = (min(WINDOW_SLABS * SLAB_SLICES + depth, slices) + SLAB_SLICES) * rows * cols * size
         whole = slices * rows * cols * job.scan.dtype.itemsize if job.scan.reader == "simpleitk" else 0
         masks = target_bytes(job.scan.geometry, job.nodules, job.lungs) if targets else 0
         most = max(most, window + whole + masks)
-    batch = schema.crop_bytes(crop_shape, dtype) + (schema.crop_bytes(schema.SLAB_SHAPE, dtype) if targets else 0)
-    return INTERPRETER_BYTES + most + BATCHES * BATCH_CROPS * batch
+    sizes = [schema.crop_bytes(crop_shape, "float32" if shard.is_resampled else dtype)]
+    sizes += [schema.crop_bytes(schema.SLAB_SHAPE, dtype)] if targets else []
+    return INTERPRETER_BYTES + most + BATCHES * sum(batch_crops(size) * size for size in sizes)
 
 
 def excluding(task: ShardTask, series: Mapping[str, str]) -> ShardTask:

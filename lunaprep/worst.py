@@ -48,7 +48,8 @@ def predicted_rows(manifest: pd.DataFrame, path: Path) -> pd.DataFrame:
         for name in ("x_mm", "y_mm", "z_mm"):
             given[name] = given[name].astype(np.float64).round(DECIMALS)
     except (ValueError, KeyError, UnicodeDecodeError) as error:
-        message = f"{path} is no table of predictions: {str(error).splitlines()[0][:100]}. Run 'lunatrain eval' again"
+        hint = "Of a run of several classes the report shows the worst; else run 'lunatrain eval' again"
+        message = f"{path} is no table of predictions: {str(error).splitlines()[0][:100]}. {hint}"
         raise TableError(message) from error
     known = manifest[["series_uid", "x_mm", "y_mm", "z_mm", "is_nodule"]].round(DECIMALS)
     known = known.assign(row=np.arange(len(known)), series_uid=known["series_uid"].astype("string"))

@@ -20,7 +20,7 @@ from lunaprep.candidates import (
     size_order,
 )
 from lunaprep.errors import TableError
-from lunaprep.manifest import malignancy_of
+from lunaprep.manifest import opinions
 from lunaprep.splits import split_by_name
 
 from .bad_tables import CASES, GOOD, HEADERS, UID, OddTable
@@ -319,9 +319,9 @@ def test_annotation_without_a_labelled_nodule_has_no_malignancy():
     columns = [*PLACE, "diameter_mm"]
     annotations = frame_of([("a", 0, 0, 0, 8), ("a", 50, 0, 0, 8), ("b", 0, 0, 0, 8)], columns)
     labelled = frame_of([("a", 0.1, 0, 0, 8), ("b", 0, 0, 0, 8)], columns).assign(is_malignant=[True, False])
-    got = malignancy_of(annotations, labelled)
+    got = opinions(annotations, labelled)["is_malignant"].array
     assert [None if pd.isna(v) else bool(v) for v in got] == [True, None, False]
-    assert malignancy_of(annotations, None).isna().all()
+    assert opinions(annotations, None).isna().all().all()
 
 
 # LUNA16 itself
@@ -348,7 +348,7 @@ def test_luna16s_book_split_has_the_published_counts():
     annotations = read_annotations(CSV / "annotations.csv").frame
     malignancy = read_malignancy(CSV / "annotations_with_malignancy.csv").frame
     mine = annotations["series_uid"].isin(validating)
-    flags = malignancy_of(annotations, malignancy)
+    flags = opinions(annotations, malignancy)["is_malignant"].array
     assert len(uids) == 888
     assert (len(validating), int(mine.sum())) == (89, 154)
     assert int((flags.fillna(False) & mine.to_numpy()).sum()) == 52

@@ -144,9 +144,9 @@ def test_journal_is_on_the_disk_before_the_first_rename(store, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     commit(store, MOVES, DELETES)
-    assert events[:3] == ["sync", JOURNAL, "sync"]
-    assert events[3:8] == [Path(target).name for _, target in MOVES]
-    assert events[8:] == ["sync"] * 3  # the three folders
+    assert events[:5] == ["sync", "sync", "sync", JOURNAL, "sync"]  # first of all, the folders of what it names
+    assert events[5:10] == [Path(target).name for _, target in MOVES]
+    assert events[10:] == ["sync"] * 5  # the four folders, and the journal's when it is gone
 
 
 # Names that lead out
@@ -245,6 +245,7 @@ def test_lock_of_another_process_is_busy_and_freed_when_it_is_killed(store):
 
 
 def test_reader_finishes_a_cut_commit_when_no_build_is_at_work(store, monkeypatch):
+    monkeypatch.setattr("lunaprep.store.commit.RENAMES_S", 0)
     with monkeypatch.context() as patch:
         cut_after(patch, 3)
         with pytest.raises(Cut):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import xxhash
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEG2000Lossless, JPEGLSLossless, RLELossless
@@ -202,6 +202,15 @@ def test_each_slice_has_its_own_rescale(tmp_path):
     write_series(tmp_path, edit=rescale)
     expected = stored_values().astype(int) - 1000 - np.arange(SHAPE[0])[:, None, None]
     np.testing.assert_array_equal(voxels(only(tmp_path)), expected)
+
+
+def test_each_slice_has_its_own_slope(tmp_path):
+    def rescale(ds, number):
+        ds.RescaleSlope = str(1 + number % 2)
+
+    write_series(tmp_path, edit=rescale)
+    slope = 1 + np.arange(SHAPE[0])[:, None, None] % 2
+    np.testing.assert_array_equal(voxels(only(tmp_path)), stored_values().astype(int) * slope - 1024)
 
 
 def test_twelve_bits_with_rubbish_above_them(tmp_path):
@@ -528,24 +537,29 @@ def test_reports_in_the_folder_are_no_slices(tmp_path):
     assert describe(found.series[0]).geometry.shape_irc == SHAPE
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_random_damage_is_a_named_error_or_harmless(tmp_path_factory, data):
+@pytest.mark.timeout(1800)
+def test_random_damage_is_a_named_error_or_harmless(tmp_path_factory, figure):
     folder = tmp_path_factory.mktemp("damage")
     paths = write_series(folder, values=stored_values()[:3])
     expected = only(folder)
-    content = bytearray(paths[1].read_bytes())
-    start = expected.slices[1].pixels.start
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, start - 1))] = data.draw(st.integers(0, 255))
-    paths[1].write_bytes(content[: data.draw(st.sampled_from([None, None, 200, 400, 800, start]))])
-    try:
-        for series in find_series(folder).series:
-            scan = describe(series)
-            assert len(voxels(scan)) == scan.geometry.shape_irc[0]
-            np.testing.assert_allclose(scan.geometry.spacing[2], expected.geometry.spacing[2], atol=1e-6)
-    except ScanError:
-        pass
+    good, start = paths[1].read_bytes(), expected.slices[1].pixels.start
+
+    @settings(max_examples=figure(80, 5000), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def damage(data):
+        content = bytearray(good)
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, start - 1))] = data.draw(st.integers(0, 255))
+        paths[1].write_bytes(content[: data.draw(st.sampled_from([None, None, 200, 400, 800, start]))])
+        try:
+            for series in find_series(folder).series:
+                scan = describe(series)
+                assert len(voxels(scan)) == scan.geometry.shape_irc[0]
+                np.testing.assert_allclose(scan.geometry.spacing[2], expected.geometry.spacing[2], atol=1e-6)
+        except ScanError:
+            pass
+
+    damage()
 
 
 # the real data

@@ -172,5 +172,6 @@ def test_the_page_on_other_scans_shows_a_source_that_works(tmp_path, phantom_roo
 
 
 def test_every_source_is_a_choice_of_the_command():
-    (option,) = (item for item in cli.commands["build"].params if item.name == "source")
-    assert tuple(option.type.choices) == SOURCES
+    for command in ("build", "verify"):
+        (option,) = (item for item in cli.commands[command].params if item.name == "source")
+        assert tuple(option.type.choices) == SOURCES

@@ -168,6 +168,7 @@ def test_real_lidc(shared_data):
     assert len(data.scans) == 2
     assert data.annotations["diameter_mm"].round(2).tolist() == [23.11]
     assert data.malignancy["is_malignant"].tolist() == [True]
+    assert data.malignancy["malignancy_votes"].tolist() == ["4,5,5,5"]
     assert data.candidates["is_nodule"].sum() == 1
     assert (~data.candidates["is_nodule"]).sum() > 10
     assert sorted(data.patients.values()) == ["LIDC-IDRI-0001", "LIDC-IDRI-0002"]

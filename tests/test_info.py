@@ -17,7 +17,7 @@ UID = "1.3.6.1.4.1.14519.5.2.1.6279.6001."
 
 
 def candidate(candidate_id: int, series: str, subset: int, **columns: Any) -> dict[str, Any]:
-    row = {column.name: 0 for column in schema.MANIFEST_COLUMNS}
+    row = {column.name: None if column.optional else 0 for column in schema.MANIFEST_COLUMNS}
     row |= {"candidate_id": candidate_id, "series_uid": UID + series, "patient_id": None, "subset": subset}
     row |= {"is_nodule": False, "is_malignant": None, "diameter_mm": np.nan, "annotation_id": None}
     row |= {"is_padded": False, "split_series": "train", "split_candidate": "train", "shard_id": "s"}

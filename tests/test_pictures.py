@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lunaprep import pictures
+from lunaprep import pictures, schema
 from lunaprep.errors import UsageError
 from lunaprep.store.reader import open_store
 
@@ -69,6 +69,7 @@ def figures(monkeypatch) -> list[Any]:
 
 def table(*rows: dict[str, Any]) -> pd.DataFrame:
     empty = {"is_malignant": None, "patient_id": None, "is_padded": False, "annotation_id": None, "subset": 0}
+    empty |= dict.fromkeys(column.name for column in schema.MANIFEST_COLUMNS if column.optional)
     empty |= {"split_series": "train", "split_candidate": "val", "series_uid": UID, "diameter_mm": np.nan}
     frame = pd.DataFrame([{"candidate_id": k, **empty, **row} for k, row in enumerate(rows)])
     for name, side in (("index", 16), ("row", 24), ("col", 24)):
@@ -84,6 +85,8 @@ CANDIDATES = table(
 
 
 class FakeStore(SimpleNamespace):
+    crop_spacing = None
+
     def crops(self, rows):
         return np.stack([ball((32, 48, 48), (16, 24, 24), 8.0) for _ in rows])
 

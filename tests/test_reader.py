@@ -447,7 +447,8 @@ def test_manifest_of_another_length_is_refused(out):
         _ = store.manifest
 
 
-def test_build_that_is_between_decision_and_last_rename_is_waited_for(out):
+def test_build_that_is_between_decision_and_last_rename_is_waited_for(out, monkeypatch):
+    monkeypatch.setattr("lunaprep.store.commit.RENAMES_S", 0.3)
     work = out / ".build"
     work.mkdir(exist_ok=True)
     (work / "store.json").write_bytes((out / "store.json").read_bytes())

@@ -20,6 +20,7 @@ from lunaprep.errors import ScanError
 from lunaprep.geometry import FloatArray, Geometry
 from lunaprep.scans import gate
 from lunaprep.scans.dicom_header import HeaderError, SliceHeader, read_header
+from lunaprep.scans.dicom_notes import HeaderNotes
 from lunaprep.scans.gate import fault, shown
 from lunaprep.scans.scan import Scan
 
@@ -98,13 +99,15 @@ class DicomScan(Scan):
         return tuple(item.real_path for item in self.slices)
 
 
-def find_series(folder: Path) -> DicomFolder:
+def find_series(folder: Path, notes: HeaderNotes | None = None) -> DicomFolder:
     """Read the headers of all files below a folder and tell their series apart.
 
     Parameters
     ----------
     folder : Path
         Searched to the bottom; linked folders are not entered, linked files must lead to files inside.
+    notes : HeaderNotes, optional
+        Headers known from an earlier time.
 
     Returns
     -------
@@ -118,7 +121,7 @@ def find_series(folder: Path) -> DicomFolder:
     num_other = 0
     for path in _files(folder):
         try:
-            header = read_header(path, folder)
+            header = notes.read(path, folder) if notes else read_header(path, folder)
         except HeaderError as error:
             if error.series_uid:
                 known.setdefault(error.series_uid, []).append(str(error))

@@ -4,6 +4,7 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydicom.uid import UID
 
 from lunaprep.scans import gate
 from lunaprep.scans.dicom import DicomScan
-from lunaprep.scans.dicom_header import BIG_ENDIAN, NATIVE, PixelFormat, SliceHeader
+from lunaprep.scans.dicom_header import BIG_ENDIAN, NATIVE, PixelFormat, SliceHeader, read_header
 from lunaprep.scans.gate import fault, shown
 
 OUTSIDE_HU = -3024
@@ -73,6 +74,37 @@ def iter_slabs(scan: DicomScan, num_slices: int, hasher: xxhash.xxh3_128 | None 
             slab[k] = to_hu(item.pixels, stored, padding)
         slab.flags.writeable = False
         yield slab
+
+
+def read_slice(path: Path, root: Path) -> tuple[Array, SliceHeader]:
+    """Read one slice by itself, for programs that look at pictures and need no grid.
+
+    Parameters
+    ----------
+    path : Path
+        DICOM file; a link must lead to a file inside `root`.
+    root : Path
+        Data folder.
+
+    Returns
+    -------
+    hu : ndarray, (rows, columns)
+        HU, as `iter_slabs` gives them.
+    header : SliceHeader
+        Whose slice it is.
+
+    Raises
+    ------
+    ScanError
+        No DICOM image, or one that cannot be used.
+    """
+    header = read_header(path, root)
+    if header is None:
+        raise fault(path, "no DICOM image (no 'DICM' at byte 128, or no pixels), expected a slice of a CT")
+    stored, padding = read_stored(header, None)
+    if header.pixels.is_monochrome1 and _is_inverted(header, stored, padding):
+        stored = sum(header.pixels.stored_range) - stored
+    return to_hu(header.pixels, stored, padding), header
 
 
 def read_stored(item: SliceHeader, hasher: xxhash.xxh3_128 | None) -> tuple[Array, npt.NDArray[np.bool_] | None]:

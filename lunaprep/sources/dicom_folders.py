@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from lunaprep.candidates import RowFault, read_annotations, read_candidates
+from lunaprep.candidates import RowFault, read_annotations, read_candidates, votes_text
 from lunaprep.errors import ScanError, TableError, UsageError
 from lunaprep.masks import DrawnMask
 from lunaprep.scans.dicom import MODALITY, DicomScan, DicomSeries, describe, find_series
+from lunaprep.scans.dicom_notes import HeaderNotes
 from lunaprep.sources.lidc_nodules import Finding, check_reading, consensus_mask, find_findings
 from lunaprep.sources.lidc_xml import Reading, is_xray_reading, read_reading, same_marks
 from lunaprep.sources.source import FoundScan, InputFile, SourceData, input_file
@@ -54,6 +55,7 @@ class FoundSeries(FoundScan):
 
     scan: DicomScan | None = None
     reason: str | None = None
+    patient_id: str | None = None
 
     def open(self) -> DicomScan:
         """Hand out the scan that was checked when it was found."""
@@ -69,11 +71,18 @@ class FoundFolder:
     found: tuple[FoundSeries, ...]
     left_out: tuple[str, ...]
     num_other: int
+    faults: tuple[str, ...] = ()
+    """A line for each damaged file, also where it is no series' fault."""
 
     @property
     def scans(self) -> dict[str, DicomScan]:
         """Usable scans by series."""
         return {item.series_uid: item.scan for item in self.found if item.scan is not None}
+
+    @property
+    def sop_uids(self) -> dict[str, list[str]]:
+        """SOP instance UIDs of the slices, in the order of the grid, by series."""
+        return {uid: [item.sop_uid for item in scan.slices] for uid, scan in self.scans.items()}
 
 
 def fold_of(person: str) -> int:
@@ -85,8 +94,10 @@ def fold_of(person: str) -> int:
     return int.from_bytes(hashlib.sha256(person.encode()).digest()[:8], "big") % NUM_SUBSETS
 
 
-def find_scans(root: Path) -> FoundFolder:
+def find_scans(root: Path, notes: HeaderNotes | None = None) -> FoundFolder:
     """Find and check the CT series below a folder; PET, pictures and scouts are left out, each with a line.
+
+    With notes, headers that are known from an earlier time aren't read again.
 
     Raises
     ------
@@ -96,7 +107,7 @@ def find_scans(root: Path) -> FoundFolder:
     if not root.is_dir():
         message = f"{root}: no such folder; give the one that holds the DICOM files with --data"
         raise UsageError(message)
-    folder = find_series(root)
+    folder = find_series(root, notes)
     found: list[FoundSeries] = []
     left_out = []
     for series in folder.series:
@@ -107,18 +118,21 @@ def find_scans(root: Path) -> FoundFolder:
     if not found:
         message = f"{root} holds no CT series ({folder.num_other} other files, {len(left_out)} other series)"
         raise UsageError(message)
-    return FoundFolder(tuple(found), tuple(left_out), folder.num_other)
+    return FoundFolder(tuple(found), tuple(left_out), folder.num_other, folder.faults)
 
 
 def _checked(series: DicomSeries) -> FoundSeries:
-    uid, subset = series.series_uid, fold_of(series.patient_id or series.series_uid)
+    uid, patient = series.series_uid, series.patient_id
+    found = FoundSeries(uid, fold_of(patient or uid), series.folder, patient_id=patient)
     try:
-        return FoundSeries(uid, subset, series.folder, scan=describe(series))
+        return replace(found, scan=describe(series))
     except ScanError as error:
-        return FoundSeries(uid, subset, series.folder, reason=str(error))
+        return replace(found, reason=str(error))
 
 
-def read_dicom(root: Path, candidates: Path | None = None, annotations: Path | None = None) -> SourceData:
+def read_dicom(
+    root: Path, candidates: Path | None = None, annotations: Path | None = None, notes: HeaderNotes | None = None
+) -> SourceData:
     """A plain DICOM folder, with tables as LUNA16's where they are given; without them only volumes can be built.
 
     Raises
@@ -126,7 +140,7 @@ def read_dicom(root: Path, candidates: Path | None = None, annotations: Path | N
     UsageError, TableError
         No CT series, or a table that cannot be used as a whole.
     """
-    folder = find_scans(root)
+    folder = find_scans(root, notes)
     tables = [_annotation_frame([]), _candidate_frame([])]
     files: list[InputFile] = []
     faults: list[RowFault] = []
@@ -140,19 +154,19 @@ def read_dicom(root: Path, candidates: Path | None = None, annotations: Path | N
     return _source(root, folder, tables, None, files, faults)
 
 
-def read_lidc(root: Path) -> SourceData:
+def read_lidc(root: Path, notes: HeaderNotes | None = None) -> SourceData:
     """LIDC-IDRI: DICOM series and the readers' XML files, anywhere below a folder.
 
     Nodules of at least three readers are annotations and positive candidates; the readers' non-nodules are negative
     ones, unless they lie in a nodule. What fewer readers outlined, and nodules under 3 mm, are neither. All that is no
     annotation is an excluded finding, as in LUNA16.
     """
-    folder = find_scans(root)
+    folder = find_scans(root, notes)
     annotations: list[dict[str, Any]] = []
     candidates: list[dict[str, Any]] = []
     excluded: list[dict[str, Any]] = []
     masks: dict[int, DrawnMask] = {}
-    readings, faults = _readings(root, folder.scans)
+    readings, faults = find_readings(root, folder.scans)
     for uid, scan in sorted(folder.scans.items()):
         reading = readings.get(uid)
         if reading is None:
@@ -172,14 +186,15 @@ def read_lidc(root: Path) -> SourceData:
         candidates += [_candidate(uid, item.xyz, True) for item in sure]
         excluded += [_annotation(uid, item.xyz, item.diameter_mm) for item in findings if item.kind != "nodule"]
         candidates += [_candidate(uid, xyz, False) for xyz in negatives(findings)]
-    malignancy = _annotation_frame(annotations, {"is_malignant": "bool"})
+    rated = [row for row in annotations if row["malignancy_votes"]]
+    malignancy = _annotation_frame(rated, {"is_malignant": "bool", "malignancy_votes": "object"})
     tables = [_annotation_frame(annotations), _candidate_frame(candidates)]
     inputs = _inputs("readings", root, [reading.path for reading in readings.values()])
     data = _source(root, folder, tables, malignancy, [inputs], faults)
     return replace(data, masks=masks, excluded=_annotation_frame(excluded))
 
 
-def read_lung_pet_ct_dx(root: Path) -> SourceData:
+def read_lung_pet_ct_dx(root: Path, notes: HeaderNotes | None = None) -> SourceData:
     """Lung-PET-CT-Dx: DICOM series and VOC files, anywhere below a folder.
 
     Each lesion's middle is a positive candidate, its longest side the diameter, its letter the annotation's
@@ -192,19 +207,12 @@ def read_lung_pet_ct_dx(root: Path) -> SourceData:
     UsageError
         All candidates are of one class.
     """
-    folder = find_scans(root)
-    boxes: list[SliceBoxes] = []
-    faults: list[RowFault] = []
-    for path in sorted(root.rglob("*.xml")):
-        try:
-            boxes.append(read_boxes(path))
-        except TableError as error:
-            faults.append(RowFault(path.name, 1, str(error)))
+    folder = find_scans(root, notes)
+    boxes, faults = find_boxes(root)
     if not boxes:
         message = f"{root} holds no box file that can be used; expected Annotation/…/SOP_INSTANCE_UID.xml below it"
         raise TableError(message)
-    sops = {uid: [item.sop_uid for item in scan.slices] for uid, scan in folder.scans.items()}
-    indexed = index_boxes(boxes, sops)
+    indexed = index_boxes(boxes, folder.sop_uids)
     faults += [RowFault(path.name, 1, "its slice is in no usable series here") for path in indexed.unmatched]
     annotations: list[dict[str, Any]] = []
     candidates: list[dict[str, Any]] = []
@@ -218,10 +226,22 @@ def read_lung_pet_ct_dx(root: Path) -> SourceData:
         candidates += [_candidate(uid, xyz, False) for xyz in mirrored(lesions, scan)]
     check_labels(("nodule" if item["is_nodule"] else "none" for item in candidates), "candidates")
     kinds = sorted({item["subtype"] for item in annotations})
-    notes = () if len(kinds) > 1 else (f"all subtypes are {kinds[0]!r}: training on them would mean nothing",)
+    remarks = () if len(kinds) > 1 else (f"all subtypes are {kinds[0]!r}: training on them would mean nothing",)
     tables = [_annotation_frame(annotations, {"subtype": "object"}), _candidate_frame(candidates)]
     data = _source(root, folder, tables, None, [_inputs("boxes", root, [item.path for item in boxes])], faults)
-    return replace(data, notes=(*data.notes, *notes))
+    return replace(data, notes=(*data.notes, *remarks))
+
+
+def find_boxes(root: Path) -> tuple[list[SliceBoxes], list[RowFault]]:
+    """Pascal VOC files below a folder; one that cannot be used is a fault."""
+    boxes: list[SliceBoxes] = []
+    faults: list[RowFault] = []
+    for path in sorted(root.rglob("*.xml")):
+        try:
+            boxes.append(read_boxes(path))
+        except TableError as error:
+            faults.append(RowFault(path.name, 1, str(error)))
+    return boxes, faults
 
 
 def negatives(findings: Sequence[Finding]) -> list[Xyz]:
@@ -269,7 +289,7 @@ def check_labels(labels: Iterable[object], what: str) -> None:
         raise UsageError(message)
 
 
-def _readings(root: Path, scans: Mapping[str, DicomScan]) -> tuple[dict[str, Reading], list[RowFault]]:
+def find_readings(root: Path, scans: Mapping[str, DicomScan]) -> tuple[dict[str, Reading], list[RowFault]]:
     """Readings of the scans by series; of two for one series the first by path counts, another that differs is a fault.
 
     Readings of X-ray pictures are passed over.
@@ -305,7 +325,8 @@ def _inputs(role: str, root: Path, paths: Iterable[Path]) -> InputFile:
 
 
 def _opinion(item: Finding) -> dict[str, Any]:
-    return {"is_malignant": bool(item.nodule and item.nodule.is_malignant)}
+    ratings = item.nodule.ratings if item.nodule else ()
+    return {"is_malignant": bool(item.nodule and item.nodule.is_malignant), "malignancy_votes": votes_text(ratings)}
 
 
 def _annotation(uid: str, xyz: Xyz, diameter_mm: float) -> dict[str, Any]:

@@ -3,15 +3,21 @@
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lunaprep.errors import UsageError
 from lunaprep.sources.luna16 import TablePaths, read_source
 from lunaprep.sources.source import SourceData
 
+if TYPE_CHECKING:
+    from lunaprep.scans.dicom_notes import HeaderNotes
+
 SOURCES = ("luna16", "dicom", "lidc", "lung-pet-ct-dx")
 
 
-def read_data(name: str, root: Path, subsets: Collection[int] | None, tables: TablePaths) -> SourceData:
+def read_data(
+    name: str, root: Path, subsets: Collection[int] | None, tables: TablePaths, notes: "HeaderNotes | None" = None
+) -> SourceData:
     """Find the scans of a data set and read its tables; no voxel is read.
 
     Parameters
@@ -24,6 +30,8 @@ def read_data(name: str, root: Path, subsets: Collection[int] | None, tables: Ta
         Subsets to take; None takes all there are.
     tables : TablePaths
         Tables named by the user; only ``luna16`` and ``dicom`` take any.
+    notes : HeaderNotes, optional
+        DICOM headers known from an earlier time.
 
     Raises
     ------
@@ -40,9 +48,10 @@ def read_data(name: str, root: Path, subsets: Collection[int] | None, tables: Ta
         message = f"--{foreign[0]} is no option of --source {name}; leave it out"
         raise UsageError(message)
     if name == "dicom":
-        data = dicom_folders.read_dicom(root, tables.candidates, tables.annotations)
+        data = dicom_folders.read_dicom(root, tables.candidates, tables.annotations, notes)
     else:
-        data = dicom_folders.read_lidc(root) if name == "lidc" else dicom_folders.read_lung_pet_ct_dx(root)
+        read = dicom_folders.read_lidc if name == "lidc" else dicom_folders.read_lung_pet_ct_dx
+        data = read(root, notes)
     if subsets is None:
         return data
     scans = tuple(scan for scan in data.scans if scan.subset in subsets)

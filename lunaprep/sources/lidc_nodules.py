@@ -63,11 +63,6 @@ class ConsensusNodule:
         return tuple(member.mark.malignancy for member in self.members if member.mark.malignancy is not None)
 
     @property
-    def malignancy_mean(self) -> float:
-        """Mean rating; NaN without one."""
-        return sum(self.ratings) / len(self.ratings) if self.ratings else math.nan
-
-    @property
     def malignant_votes(self) -> int:
         """Ratings of 4 or 5."""
         return sum(rating >= MALIGNANT_RATING for rating in self.ratings)

@@ -86,10 +86,11 @@ def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -
     if lungs is not None and not lungs.is_dir():
         message = f"{lungs}: no such folder; give the folder that holds a UID.mhd for each scan, or leave --lungs out"
         raise UsageError(message)
+    headers = _headers(folders)
     return SourceData(
         root=root,
         subsets=tuple(folders),
-        scans=_find_scans(folders),
+        scans=_find_scans(headers),
         candidates=candidates.frame,
         annotations=annotations.frame,
         malignancy=malignancy,
@@ -97,6 +98,11 @@ def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -
         files=tuple(files),
         faults=_once(faults),
         lungs=lungs,
+        notes=tuple(
+            f"{str(path)!a}: passed over, its name is no text (UTF-8), so no series UID. Rename it"
+            for _, path in headers
+            if not _is_text(path.name)
+        ),
     )
 
 
@@ -121,20 +127,38 @@ def _subset_folders(root: Path, subsets: Sequence[int] | None) -> dict[int, Path
     return {number: there[number] for number in wanted}
 
 
-def _find_scans(folders: dict[int, Path]) -> tuple[FoundScan, ...]:
+def _headers(folders: dict[int, Path]) -> list[tuple[int, Path]]:
+    """Subset and path of every file that is named like a scan."""
+    return [
+        (subset, path)
+        for subset, folder in folders.items()
+        for path in sorted(folder.iterdir())
+        if path.name.endswith(SUFFIXES)
+    ]
+
+
+def _find_scans(headers: list[tuple[int, Path]]) -> tuple[FoundScan, ...]:
     found: dict[str, FoundScan] = {}
-    for subset, folder in folders.items():
-        for path in sorted(folder.iterdir()):
-            suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-            if suffix is None:
-                continue
-            series_uid = path.name.removesuffix(suffix) or path.name
-            first = found.get(series_uid)
-            if first is None:
-                found[series_uid] = FoundScan(series_uid, subset, path)
-            else:
-                found[series_uid] = FoundScan(series_uid, first.subset, first.path, twin=path)
+    for subset, path in headers:
+        if not _is_text(path.name):
+            continue
+        suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+        series_uid = path.name.removesuffix(suffix) or path.name
+        first = found.get(series_uid)
+        if first is None:
+            found[series_uid] = FoundScan(series_uid, subset, path)
+        else:
+            found[series_uid] = FoundScan(series_uid, first.subset, first.path, twin=path)
     return tuple(found[uid] for uid in sorted(found))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is text; other bytes are no series UID, and no table could hold them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first_of(root: Path, names: Sequence[str], role: str) -> Path:

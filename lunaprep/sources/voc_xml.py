@@ -13,14 +13,7 @@ from pathlib import Path
 from lunaprep.errors import TableError
 from lunaprep.geometry import Geometry
 from lunaprep.safe_xml import Element, read_xml, xml_fault
-
-SUBTYPES = {
-    "A": "adenocarcinoma",
-    "B": "small cell carcinoma",
-    "E": "large cell carcinoma",
-    "G": "squamous cell carcinoma",
-}
-"""What the letters stand for (TCIA, Lung-PET-CT-Dx)."""
+from lunaprep.schema import SUBTYPE_NAMES
 
 MAX_SLICES_BETWEEN = 1
 """Slices without a box that do not part a lesion in two."""
@@ -182,8 +175,8 @@ def _size(path: Path, element: Element | None) -> tuple[int, int] | None:
 
 def _box(path: Path, sop_uid: str, item: Element, size: tuple[int, int] | None) -> SliceBox:
     subtype = (item.value("name") or "").upper()
-    if subtype not in SUBTYPES:
-        text = f"line {item.line}: subtype is {ascii(subtype)[:20]}, expected one of {', '.join(SUBTYPES)}"
+    if subtype not in SUBTYPE_NAMES:
+        text = f"line {item.line}: subtype is {ascii(subtype)[:20]}, expected one of {', '.join(SUBTYPE_NAMES)}"
         raise xml_fault(path, text)
     corners = item.first("bndbox")
     if corners is None:

@@ -7,6 +7,7 @@ builder could not.
 
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -17,8 +18,16 @@ from lunaprep import schema
 from lunaprep.errors import BusyError, StoreError
 from lunaprep.store.files import canonical_json, sync_folder, write_file
 
-JOURNAL = "commit.json"
+Version = tuple[int, int, int]
+"""What tells one version of a store from the next: store.json's inode, time of change (ns) and size."""
+
+JOURNAL = schema.JOURNAL_FILE
 LOCK = "lock"
+
+RENAMES_S = 10.0
+"""How long a reader waits for a build that is at its renames."""
+
+POLL_S = 0.02
 
 
 @contextmanager
@@ -31,7 +40,11 @@ def build_lock(out: Path) -> Iterator[None]:
         Another build holds it.
     """
     work = out / schema.WORK_DIR
+    is_new = not out.exists()
     work.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        with suppress(OSError):  # a folder that may be written to and not read
+            sync_folder(out.parent)
     lock = filelock.FileLock(work / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -56,6 +69,8 @@ def commit(out: Path, moves: Sequence[tuple[str, str]], deletes: Sequence[str]) 
     deletes : sequence of str
         Files of the old store that the new one no longer names.
     """
+    for folder in (out, out / schema.WORK_DIR):  # no journal may outlive the folders whose files it names
+        sync_folder(folder)
     journal = {"moves": [list(move) for move in moves], "deletes": sorted(deletes)}
     write_file(out / schema.WORK_DIR / JOURNAL, canonical_json(journal))
     _finish(out)
@@ -68,23 +83,43 @@ def recover(out: Path) -> None:
 
 
 def recover_if_idle(out: Path) -> None:
-    """Finish a commit that was cut off, unless a build is at work (then it will).
+    """Finish a commit that was cut off, or wait for the build that is at it.
 
     Raises
     ------
     BusyError
-        A build is between decision and last rename; try again in a moment.
+        A build is between decision and last rename, and stays there.
     StoreError
         The store cannot be written to, so the commit cannot be finished here.
     """
-    if not (out / schema.WORK_DIR / JOURNAL).exists():
-        return
+    last = time.monotonic() + RENAMES_S
+    while (out / schema.WORK_DIR / JOURNAL).exists():
+        try:
+            with build_lock(out):
+                recover(out)
+        except BusyError:
+            if time.monotonic() > last:
+                raise
+            time.sleep(POLL_S)
+        except OSError as error:
+            message = (
+                f"{out}: a build was cut off while committing. Run 'lunaprep build' once where the store is writable"
+            )
+            raise StoreError(message) from error
+
+
+def version_of(out: Path) -> Version | None:
+    """Which version of a store is there; None while there is none, or one is being replaced.
+
+    Whatever was opened between two calls that give the same is of that version.
+    """
+    if (out / schema.WORK_DIR / JOURNAL).exists():  # looked for first: the journal goes after store.json has come
+        return None
     try:
-        with build_lock(out):
-            recover(out)
-    except OSError as error:
-        message = f"{out}: a build was cut off while committing. Run 'lunaprep build' once where the store is writable"
-        raise StoreError(message) from error
+        stat = (out / schema.STORE_FILE).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _finish(out: Path) -> None:
@@ -92,16 +127,17 @@ def _finish(out: Path) -> None:
     moves, deletes = _read_journal(path)
     folders = {out}
     for source, target in moves:
+        inside(out, target).parent.mkdir(parents=True, exist_ok=True)
         if inside(out, source).exists():
-            inside(out, target).parent.mkdir(parents=True, exist_ok=True)
             inside(out, source).replace(inside(out, target))
-        folders.add(inside(out, target).parent)
+        folders.update(out / above for above in PurePosixPath(target).parents)  # each may be new
     for folder in sorted(folders):
         sync_folder(folder)
     for name in deletes:
         with suppress(FileNotFoundError):
             inside(out, name).unlink()
     path.unlink()
+    sync_folder(path.parent)  # or the journal could come back, and find files of a later build under its names
 
 
 def _read_journal(path: Path) -> tuple[list[tuple[str, str]], list[str]]:

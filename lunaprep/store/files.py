@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from lunaprep.errors import NoSpaceError
+from lunaprep.errors import DiskError, NoSpaceError
 
 BLOCK_BYTES = 1 << 20
 
@@ -47,13 +47,19 @@ def no_space(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def explain_no_space(error: OSError, path: Path) -> OSError:
-    """A `NoSpaceError` that names the file, where `error` is one; else `error` itself."""
-    if not no_space(error):
+def explain_disk(error: OSError, path: Path) -> DiskError:
+    """The error of a file of the store that could not be written, with the file's name and what to do."""
+    if isinstance(error, DiskError):
         return error
-    return NoSpaceError(
-        f"{path.name.removesuffix('.partial')}: the disk is full ({error.strerror}). Free some space or choose "
-        "another --out, then run the same command again: finished shards are kept"
+    name = path.name.removesuffix(".partial")
+    if no_space(error):
+        return NoSpaceError(
+            f"{name}: the disk is full ({error.strerror}). Free some space or choose another --out, then run the same "
+            "command again: finished shards are kept"
+        )
+    return DiskError(
+        f"{name}: the disk of the store failed ({error.strerror or error}). Look at the disk and at the rights on "
+        "--out, then run the same command again: finished shards are kept"
     )
 
 
@@ -62,14 +68,14 @@ def open_partial(path: Path) -> int:
 
     Raises
     ------
-    NoSpaceError
-        The disk is full.
+    DiskError
+        The disk is full, or failed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     except OSError as error:
-        raise explain_no_space(error, path) from error
+        raise explain_disk(error, path) from error
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -90,10 +96,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename a finished, flushed file to its final name, durably."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(final)
-    sync_folder(final.parent)
+    """Rename a finished, flushed file to its final name, durably.
+
+    Raises
+    ------
+    DiskError
+        The disk is full, or failed.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise explain_disk(error, final) from error
 
 
 def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
@@ -101,8 +116,8 @@ def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
 
     Raises
     ------
-    NoSpaceError
-        The disk is full; the temporary file is removed.
+    DiskError
+        The disk is full, or failed; the temporary file is removed.
     """
     partial = partial or path.with_name(path.name + ".partial")
     try:
@@ -116,4 +131,4 @@ def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        raise explain_no_space(error, path) from error
+        raise explain_disk(error, path) from error

@@ -1,6 +1,9 @@
 """Whether an HDF5 file of the store is built as the format says, before anything in it is believed."""
 
 import stat
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,47 @@ def plain_dataset(path: Path, h5: Any, name: str) -> Any:
         pass
     message = f"{path.name} has no plain dataset /{name}. {ADVICE}"
     raise StoreError(message)
+
+
+def check_packing(path: Path, dataset: Any) -> None:
+    """Refuse a volume or mask whose chunks are larger than the format's, or packed in another way.
+
+    HDF5 unpacks a deflated chunk to its end, however much that is. Of a chunk that takes no more room than its voxels
+    would, that is at most a thousand times a small chunk.
+
+    Raises
+    ------
+    StoreError
+        Says what it is instead.
+    """
+    sizes: list[int] = []
+    made = dataset.id.get_create_plist()
+    filters = [made.get_filter(k)[0] for k in range(made.get_nfilters())]
+    deflate = [h5py.h5z.FILTER_DEFLATE]
+    _require(path, "filters", filters, [h5py.h5z.FILTER_SHUFFLE, *deflate] if dataset.dtype.itemsize > 1 else deflate)
+    chunk = np.minimum(dataset.chunks, schema.VOLUME_CHUNK_IRC)
+    _require(path, "chunks", tuple(dataset.chunks), tuple(chunk.tolist()))
+    dataset.id.chunk_iter(lambda stored: sizes.append(stored.size))
+    plain = int(np.prod(chunk)) * dataset.dtype.itemsize
+    most = plain + plain // 1000 + 64  # deflate's own worst case
+    largest = max(sizes, default=0)
+    if largest > most:
+        message = f"{path.name} has a chunk of {largest} bytes, expected at most {most}. {ADVICE}"
+        raise StoreError(message)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what h5py raises of damage within a file into an error that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        *_, innermost = traceback.walk_tb(error.__traceback__)
+        if "h5py/" not in innermost[0].f_code.co_filename:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        message = f"{path.name} is damaged inside: {reason}. Run 'lunaprep verify'"
+        raise StoreError(message) from error
 
 
 def _require(path: Path, what: str, got: object, expected: object) -> None:

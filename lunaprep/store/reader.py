@@ -16,11 +16,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from lunaprep import schema
-from lunaprep.errors import StoreError
-from lunaprep.store.commit import inside, recover_if_idle
-from lunaprep.store.layout import ADVICE, check_shard, open_h5, plain_dataset
+from lunaprep.errors import LunaprepError, StoreError
+from lunaprep.store.commit import Version, inside, recover_if_idle, version_of
+from lunaprep.store.layout import ADVICE, check_packing, check_shard, explained, open_h5, plain_dataset
 from lunaprep.store.record import read_record
 from lunaprep.store.tables import read_table
+
+_MASKS = (schema.NODULE_MASK_DATASET, schema.LUNG_MASK_DATASET)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def open_store(path: str | Path) -> "Store":
     Returns
     -------
     Store
-        Nothing but store.json has been read; each shard is known to be laid out as the format says.
+        Nothing but store.json has been read; each shard is known to be laid out as the format says. It stays at this
+        version: if a build replaces the store, what can no longer be read of it is an error, and nothing is mixed.
 
     Raises
     ------
@@ -61,10 +64,37 @@ def open_store(path: str | Path) -> "Store":
     folder = Path(path)
     if folder.name in (schema.FRONT_DOOR_FILE, schema.SLAB_DOOR_FILE):
         folder = folder.parent
-    recover_if_idle(folder)
+    while True:
+        recover_if_idle(folder)
+        version = version_of(folder)
+        try:
+            store = _open(folder, version)
+        except LunaprepError:
+            if version == version_of(folder):
+                raise
+        else:
+            if version == version_of(folder):
+                return store
+
+
+def _open(folder: Path, version: Version | None) -> "Store":
     record = read_record(folder)
     shards = tuple(_shard_file(folder, record, shard) for shard in record["shards"] if shard["file"])
-    return Store(folder, record, shards, *_slab_files(folder, record))
+    return Store(folder, record, shards, *_slab_files(folder, record), version=version)
+
+
+def crop_centers(rows: pd.DataFrame) -> npt.NDArray[np.int64]:
+    """Voxel of each crop that holds its candidate's centre, (n, 3): slice, row, column of the crop.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of `Store.manifest`.
+    """
+    names = ("index", "row", "col")
+    plain = rows[list(names)].to_numpy() - rows[[f"start_{name}" for name in names]].to_numpy()
+    own = rows.reindex(columns=[f"center_{name}" for name in names]).to_numpy(dtype=np.float64)
+    return np.asarray(np.where(np.isnan(own), plain, np.rint(np.nan_to_num(own))), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -82,6 +112,9 @@ class Store:
     slab_mask_shards: tuple[ShardFile, ...] = ()
     """The masks of the same slabs, uint8, row by row alike."""
 
+    version: Version | None = None
+    """Which version of the files this is."""
+
     def __len__(self) -> int:
         return int(self.record["counts"]["crops"])
 
@@ -97,6 +130,12 @@ class Store:
         return slices, rows, cols
 
     @property
+    def crop_spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres to a slice, row, column of every crop; None where a crop has its scan's spacing."""
+        given = self.record["parameters"].get("resample_mm")
+        return None if given is None else (float(given[0]), float(given[1]), float(given[2]))
+
+    @property
     def dtype(self) -> "np.dtype[Any]":
         """Type of the crops on disk."""
         dtype: np.dtype[Any] = np.dtype(self.record["crops"]["dtype"])
@@ -105,7 +144,7 @@ class Store:
     @cached_property
     def manifest(self) -> pd.DataFrame:
         """crops.parquet: a row per crop, columns as `schema.MANIFEST_COLUMNS`."""
-        frame = read_table(self._file(schema.MANIFEST_FILE), schema.MANIFEST_COLUMNS)
+        frame = self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS)
         if len(frame) != len(self):
             message = f"{schema.MANIFEST_FILE} has {len(frame)} rows, expected {len(self)}. Run 'lunaprep verify'"
             raise StoreError(message)
@@ -114,7 +153,7 @@ class Store:
     @cached_property
     def scans(self) -> pd.DataFrame:
         """scans.parquet: a row per scan, columns as `schema.SCAN_COLUMNS`."""
-        return read_table(self._file(schema.SCANS_FILE), schema.SCAN_COLUMNS)
+        return self._table(schema.SCANS_FILE, schema.SCAN_COLUMNS)
 
     @property
     def has_slabs(self) -> bool:
@@ -138,7 +177,7 @@ class Store:
         if not self.has_slabs:
             message = f"{self.path} has no slabs. Run 'lunaprep build' on it once more, without --no-targets"
             raise StoreError(message)
-        frame = read_table(self._file(schema.SLABS_FILE), schema.SLAB_COLUMNS)
+        frame = self._table(schema.SLABS_FILE, schema.SLAB_COLUMNS)
         expected = self.record["slabs"]["shape"][0]
         if len(frame) != expected:
             message = f"{schema.SLABS_FILE} has {len(frame)} rows, expected {expected}. Run 'lunaprep verify'"
@@ -206,7 +245,7 @@ class Store:
     def has_masks(self, series_uid: str) -> bool:
         """Whether a scan's volume, which must be there, has masks."""
         with self._open_volume(series_uid) as (_, file, _):
-            return schema.NODULE_MASK_DATASET in file and schema.LUNG_MASK_DATASET in file
+            return all(name in file for name in _MASKS)
 
     @contextmanager
     def open_masks(self, series_uid: str) -> Iterator[tuple[Any, Any]]:
@@ -218,11 +257,10 @@ class Store:
             The store has no volume of this series, it has no masks, or the file is not one.
         """
         with self._open_volume(series_uid) as (path, file, shape):
-            names = (schema.NODULE_MASK_DATASET, schema.LUNG_MASK_DATASET)
-            if any(name not in file for name in names):
+            if any(name not in file for name in _MASKS):
                 message = f"the store has no masks of series {series_uid}. Build it with targets and volumes"
                 raise StoreError(message)
-            nodules, lungs = (_volume_dataset(path, file, name, shape, "uint8") for name in names)
+            nodules, lungs = (_volume_dataset(path, file, name, shape, "uint8") for name in _MASKS)
             yield nodules, lungs
 
     def masks(self, series_uid: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -245,7 +283,9 @@ class Store:
             raise StoreError(message)
         scan = scans.iloc[0]
         path = self._file(str(scan["volume_file"]))
-        with open_h5(path) as file:
+        with open_h5(path) as file, explained(path):
+            if self.is_replaced and not self._is_kept(scan):
+                raise self._replaced()
             yield path, file, tuple(int(scan[name]) for name in ("num_slices", "num_rows", "num_cols"))
 
     @cached_property
@@ -260,8 +300,13 @@ class Store:
     def _map(self, number: int) -> npt.NDArray[Any]:
         if number not in self._maps:
             shard = self.shards[number]
-            with shard.path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with shard.path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except FileNotFoundError as error:  # its name tells its content, so one that is there is the right one
+                if self.is_replaced:
+                    raise self._replaced() from error
+                raise
             count = shard.rows * int(np.prod(self.crop_shape))
             flat = np.frombuffer(mapped, dtype=self.dtype, offset=shard.offset, count=count)
             self._maps[number] = flat.reshape(shard.rows, *self.crop_shape)
@@ -270,12 +315,37 @@ class Store:
     def _file(self, name: str) -> Path:
         return inside(self.path, name)
 
+    def _table(self, name: str, columns: Sequence[schema.Column]) -> pd.DataFrame:
+        try:
+            frame = read_table(self._file(name), columns)
+        except StoreError as error:
+            if self.is_replaced:
+                raise self._replaced() from error
+            raise
+        if self.is_replaced:  # asked after it was opened: it may be the other store's
+            raise self._replaced()
+        return frame
+
+    def _is_kept(self, scan: "pd.Series[Any]") -> bool:
+        """Whether the store that replaced this one has the same volume of a scan."""
+        scans = open_store(self.path).scans
+        return scan["volume_sha256"] in set(scans["volume_sha256"][scans["series_uid"] == scan["series_uid"]])
+
+    def _replaced(self) -> StoreError:
+        return StoreError(f"{self.path}: a build has replaced this store since it was opened. Open it again")
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a build has made another store of it since it was opened."""
+        return self.version is not None and version_of(self.path) != self.version
+
 
 def _volume_dataset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
     dataset = plain_dataset(path, file, name)
     if dataset.shape != shape or dataset.dtype != np.dtype(dtype).newbyteorder("<"):
         message = f"{path.name} holds {dataset.dtype} {dataset.shape}, expected {dtype} {shape}. {ADVICE}"
         raise StoreError(message)
+    check_packing(path, dataset)
     return dataset
 
 

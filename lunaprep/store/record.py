@@ -83,9 +83,21 @@ def _fault_of(value: dict[str, Any]) -> str | None:
         return f"shards hold {rows} crops, crops.shape says {shape[0]}, counts.crops {counts.get('crops')!r:.40}"
     if "slabs" in value and (fault := _slab_fault(value["slabs"])):
         return fault
+    if fault := _spacing_fault(value.get("parameters")):
+        return fault
     texts = isinstance(value.get("store_id"), str) and isinstance(value.get("parameters"), dict)
     lists = isinstance(value.get("inputs"), list) and isinstance(value.get("files"), list)
     return None if texts and lists else "store_id, parameters, inputs or files is missing"
+
+
+def _spacing_fault(parameters: object) -> str | None:
+    """What in the spacing of resampled crops cannot be; None if they have none of their own."""
+    spacing = parameters.get("resample_mm") if isinstance(parameters, dict) else None
+    if spacing is None:
+        return None
+    good = isinstance(spacing, list) and len(spacing) == 3
+    good = good and all(isinstance(mm, int | float) and not isinstance(mm, bool) and 0 < mm < 1000 for mm in spacing)
+    return None if good else f"parameters.resample_mm is {spacing!r:.60}, expected three spacings, mm"
 
 
 def _slab_fault(slabs: object) -> str | None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from lunaprep import schema
-from lunaprep.store.files import BLOCK_BYTES, explain_no_space, open_partial, publish, write_all
+from lunaprep.store.files import BLOCK_BYTES, explain_disk, open_partial, publish, write_all
 
 
 class _HeaderFile:
@@ -128,7 +128,7 @@ class ShardWriter:
             os.posix_fallocate(self._fd, 0, schema.DATA_OFFSET + num_rows * self._crop_bytes)
         except OSError as error:
             self.discard()
-            raise explain_no_space(error, partial) from error
+            raise explain_disk(error, partial) from error
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -156,7 +156,7 @@ class ShardWriter:
         try:
             write_all(self._fd, data, schema.DATA_OFFSET + self.num_rows * self._crop_bytes)
         except OSError as error:
-            raise explain_no_space(error, self.partial) from error
+            raise explain_disk(error, self.partial) from error
         if self._sha256 is not None:
             self._sha256.update(data)
         for start in range(0, data.nbytes, self._crop_bytes):
@@ -175,7 +175,7 @@ class ShardWriter:
             sha256 = str(self._sha256.hexdigest()) if is_planned and self._sha256 is not None else self._hash()
             os.fsync(self._fd)
         except OSError as error:
-            raise explain_no_space(error, self.partial) from error
+            raise explain_disk(error, self.partial) from error
         return size, sha256
 
     def publish_as(self, final: Path) -> None:

@@ -68,23 +68,29 @@ def read_table(path: Path, columns: Sequence[schema.Column]) -> pd.DataFrame:
         plain_size(path)
         with path.open("rb") as file:  # given a folder's name, Arrow would read every file in it
             table = pq.read_table(file, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+            names = table.column_names
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         first = ascii(str(error).splitlines()[0][:160])[1:-1]
         message = f"{path.name} cannot be read: {first}. Run 'lunaprep verify', then 'lunaprep build' again"
         raise StoreError(message) from error
-    there = [column for column in columns if not column.optional or column.name in table.column_names]
+    there = [column for column in columns if not column.optional or column.name in names]
     if not table.schema.equals(arrow_schema(there)):
         message = f"{path.name} has other columns than format {schema.FORMAT_VERSION}. Run 'lunaprep build' again"
         raise StoreError(message)
-    frame: pd.DataFrame = table.to_pandas()
+    arrays, count = dict(zip(names, table.columns, strict=True)), table.num_rows
+    del table  # Arrow's columns go one by one as pandas' come: both together would be twice the memory
+    made = {}
     for column in columns:
-        if column not in there:
-            frame[column.name] = pd.Series([None] * len(frame), index=frame.index, dtype=object)
-            continue
-        if column.nullable and column.type in ("bool", "int64", "int32"):
+        array = arrays.pop(column.name, None)
+        if array is None:
+            made[column.name] = pd.Series([None] * count, dtype=object)
+        elif column.nullable and column.type in ("bool", "int64", "int32"):
             dtype = {"bool": "boolean", "int64": "Int64", "int32": "Int32"}[column.type]
-            frame[column.name] = table[column.name].to_pandas(types_mapper=_nullable).astype(dtype)
-    return frame[[column.name for column in columns]]
+            made[column.name] = array.to_pandas(types_mapper=_nullable).astype(dtype)
+        else:
+            made[column.name] = array.to_pandas()
+        del array
+    return pd.DataFrame(made, index=pd.RangeIndex(count), copy=False)
 
 
 def _nullable(kind: Any) -> Any:

@@ -18,7 +18,7 @@ import xxhash
 
 from lunaprep import schema
 from lunaprep.geometry import Geometry
-from lunaprep.store.files import explain_no_space, hash_file, open_partial, publish, write_all
+from lunaprep.store.files import explain_disk, hash_file, open_partial, publish, write_all
 
 DEFLATE_LEVEL = 1
 """libdeflate's level: 0.34 of the float32 size at 215 MB/s; level 2 is a third slower and 2 % smaller."""
@@ -206,7 +206,7 @@ class VolumeWriter:
     def _check(self) -> None:
         error = self._file.error
         if isinstance(error, OSError):
-            raise explain_no_space(error, self.partial) from error
+            raise explain_disk(error, self.partial) from error
         if error is not None:
             raise error
 
@@ -218,11 +218,12 @@ class VolumeWriter:
         self._check()
         try:
             self._file.sync()
+            size, sha256 = self.partial.stat().st_size, hash_file(self.partial)
         except OSError as error:
-            raise explain_no_space(error, self.partial) from error
+            raise explain_disk(error, self.partial) from error
         self._file.close()
         self._is_finished = True
-        return self.partial.stat().st_size, hash_file(self.partial)
+        return size, sha256
 
     def publish_as(self, final: Path) -> None:
         """Give the finished file another name."""

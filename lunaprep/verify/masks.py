@@ -82,13 +82,20 @@ def read_mask(store: Path, scan: dict[str, Any], name: str) -> Voxels | None:
     """A mask of a volume, unpacked within bounds; None where it can't be read."""
     shape = tuple(scan[side] for side in ("num_slices", "num_rows", "num_cols"))
     out = np.zeros(shape, dtype=np.uint8)
+    uniform: dict[bytes, int] = {}  # most chunks are all 0 or all 1: unpacked once each
     try:
         for first, chunk, stored in stored_chunks(store, scan["volume_file"], name, datasets_of(scan)):
-            size = int(np.prod(chunk))
-            plain = zlib.decompressobj().decompress(stored, size)
             part = out[tuple(slice(f, f + c) for f, c in zip(first, chunk, strict=True))]
-            values = np.frombuffer(plain, np.uint8, size).reshape(chunk)
-            part[...] = values[tuple(slice(0, side) for side in part.shape)]
+            if stored not in uniform:
+                size = int(np.prod(chunk))
+                plain = zlib.decompressobj().decompress(stored, size)
+                values = np.frombuffer(plain, np.uint8, size).reshape(chunk)
+                if values.min() != values.max():
+                    part[...] = values[tuple(slice(0, side) for side in part.shape)]
+                    continue
+                uniform[stored] = int(values.flat[0])
+            if uniform[stored]:
+                part[...] = uniform[stored]
     except Exception:
         return None
     return out

@@ -67,9 +67,13 @@ class Record:
     inputs: tuple[FileRecord, ...]
     shards: tuple[ShardRecord, ...]
     files: dict[str, FileRecord]
+    resample_mm: tuple[float, ...] | None = None
+    """Spacing of resampled crops, mm to a slice, row, column."""
+
     slabs: tuple[ShardRecord, ...] | None = None
     """Shards of the slabs; None where the store was built without targets."""
 
+    slab_dtype: str = ""
     masks: tuple[ShardRecord, ...] = ()
     """Shards of the slabs' masks, in the same order."""
 
@@ -170,6 +174,7 @@ def _parse(value: dict[str, Any]) -> Record:
         inputs=tuple(_file(v) for v in _items(value, "inputs")),
         shards=tuple(_shard(v, (shape[0], shape[1], shape[2]), dtype) for v in _items(value, "shards")),
         files={file.file: file for file in (_file(v) for v in _items(value, "files"))},
+        resample_mm=_spacing(parameters, dtype),
         **_slabs(value, counts),
     )
     _require(wanted in (dtype, "auto"), f"parameters.dtype is {wanted!r:.40}, crops.dtype {dtype!r}")
@@ -184,6 +189,16 @@ def _parse(value: dict[str, Any]) -> Record:
     _require(len(_items(value, "files")) == len(tables), "files names a file twice")
     _check_shards(record)
     return record
+
+
+def _spacing(parameters: dict[str, Any], dtype: str) -> tuple[float, ...] | None:
+    """Spacing of resampled crops; None where they have their scan's."""
+    if "resample_mm" not in parameters:
+        return None
+    spacing = tuple(_number(v) for v in _items(parameters, "resample_mm", 3))
+    _require(min(spacing) > 0, f"parameters.resample_mm is {spacing}, expected three spacings")
+    _require(dtype == "float32", f"crops.dtype is {dtype}, resampled crops are float32")
+    return spacing
 
 
 def _check_shards(record: Record) -> None:
@@ -222,7 +237,8 @@ def _slabs(value: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     part = _get(value, "slabs", _object)
     dtype, entries = _get(part, "dtype", _text), [_object(entry) for entry in _items(part, "shards")]
     _require(dtype in schema.CROP_DTYPES, f"slabs.dtype is {dtype!r:.40}, expected one of {schema.CROP_DTYPES}")
-    _require(dtype == value["crops"]["dtype"], "slabs.dtype isn't crops.dtype")
+    same = dtype == value["crops"]["dtype"] or "resample_mm" in value["parameters"]
+    _require(same, "slabs.dtype isn't crops.dtype")
     numbers |= {key: _get(counts, key, _whole) for key in ("slabs", "slabs_positive")}
     shape = part.get("shape")
     _require(shape == [numbers["slabs"], *schema.SLAB_SHAPE], "slabs.shape isn't (counts.slabs, slices, rows, columns)")
@@ -230,7 +246,7 @@ def _slabs(value: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     masks = tuple(_slab_shard(entry, "mask_", schema.MASKS_DATASET, "uint8") for entry in entries)
     _require(len({shard.id for shard in slabs}) == len(slabs), "slabs.shards has an id twice")
     _require(sum(shard.rows for shard in slabs) == numbers["slabs"], "slabs.shards don't add up to counts.slabs")
-    return {"counts": numbers, "slabs": slabs, "masks": masks}
+    return {"counts": numbers, "slabs": slabs, "slab_dtype": dtype, "masks": masks}
 
 
 def _slab_shard(entry: dict[str, Any], key: str, dataset: str, dtype: str) -> ShardRecord:

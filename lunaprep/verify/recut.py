@@ -21,9 +21,13 @@ from lunaprep.verify.places import BadFileError, open_plain
 from lunaprep.verify.record import Record, ShardRecord
 from lunaprep.verify.structure import datasets_of, stored_chunks
 from lunaprep.verify.tables import Manifest
-from lunaprep.verify.values import TIE
+from lunaprep.verify.values import TIE, expected_first
 
 Voxels = npt.NDArray[Any]
+
+TOLERANCE = 5e-6
+"""Of the HU window, for resampled crops: 0.01 HU in the default one. The writer rounds places to 2^-20 voxels, so where
+HU go from one bound to the other within a voxel, three axes make at most 1.4e-6 of it; float32 adds 6e-8."""
 
 
 def check_source(
@@ -63,8 +67,10 @@ def check_source(
             found.error("source-unreadable", scan["file"], message, series_uid=scan["series_uid"])
             continue
         if _check_grid(image, scan, found):
+            clipped = _clipped(image, voxels, record) if record.resample_mm else None
             for (manifest, shards), rows in zip(tables, by_table, strict=True):
-                _check_crops(store, record, (manifest, shards), rows[k], image, voxels, found)
+                resampled = clipped if manifest.place == schema.MANIFEST_FILE else None
+                _check_crops(store, record, (manifest, shards), rows[k], (image, resampled), voxels, found)
             _check_volume(store, record, scan, voxels, found)
 
 
@@ -155,11 +161,12 @@ def _check_crops(
     record: Record,
     table: tuple[Manifest, Sequence[ShardRecord]],
     rows: list[int],
-    image: Any,
+    images: tuple[Any, Any],
     voxels: Voxels,
     found: Findings,
 ) -> None:
-    manifest, shards = table
+    """Compare crops with the scan as ITK reads it, or, where there is a second image, with that one resampled."""
+    (manifest, shards), (image, clipped) = table, images
     by_id = {shard.id: shard for shard in shards}
     opened: dict[str, int] = {}
     try:
@@ -171,12 +178,17 @@ def _check_crops(
             shard = by_id.get(str(whose["shard_id"]))
             if shard is None:
                 continue
-            place, start = str(shard.file), _start(centre, voxels.shape, shard.crop_shape, record.edge)
-            crop = cut(voxels, start, shard.crop_shape, record)
+            place = str(shard.file)
             if place not in opened:
                 opened[place] = open_plain(store, place)
             offset = schema.DATA_OFFSET + whose["shard_row"] * shard.crop_bytes
-            if os.pread(opened[place], shard.crop_bytes, offset) != crop.tobytes():
+            stored = os.pread(opened[place], shard.crop_bytes, offset)
+            if clipped is not None:
+                same = _is_resampled(stored, manifest, k, clipped, record)
+            else:
+                start = _start(centre, voxels.shape, shard.crop_shape, record.edge)
+                same = stored == cut(voxels, start, shard.crop_shape, record, shard.dtype).tobytes()
+            if not same:
                 found.error("crop-differs", place, "isn't what is cut from its scan", **whose)
     except (BadFileError, OSError):
         pass  # a shard that can't be read was told by the check of every file
@@ -223,19 +235,65 @@ def _start(
     return start
 
 
-def cut(voxels: Voxels, start: list[int], crop_shape: tuple[int, int, int], record: Record) -> Voxels:
-    """One crop in the store's dtype, HU clipped, the lower bound where it lies outside the scan."""
+def _clipped(image: Any, voxels: Voxels, record: Record) -> Any:
+    """The scan as an ITK image of clipped HU."""
+    import SimpleITK
+
+    itk: Any = SimpleITK
+    clipped = itk.GetImageFromArray(np.clip(voxels.astype(np.float32), *record.hu))
+    clipped.CopyInformation(image)
+    return clipped
+
+
+def _is_resampled(stored: bytes, manifest: Manifest, k: int, clipped: Any, record: Record) -> bool:
+    """Whether a stored crop is what ITK resamples, but for `TOLERANCE`; at a rim of the scan (`TIE`) it may be fill."""
+    expected, sure = resample(clipped, [float(manifest.numbers[f"{axis}_mm"][k]) for axis in "xyz"], record)
+    got = np.frombuffer(stored, "<f4")
+    if got.size != expected.size:
+        return False
+    low, high = record.hu
+    near = np.abs(got.reshape(expected.shape) - expected) <= TOLERANCE * (high - low)
+    return bool((near | ~sure).all())
+
+
+def resample(clipped: Any, xyz: Sequence[float], record: Record) -> tuple[Voxels, Voxels]:
+    """A crop of the store's spacing around a point, by ITK, and which of its voxels don't lie on a rim of the scan."""
+    import SimpleITK
+
+    itk: Any = SimpleITK
+    sides, width = np.array(clipped.GetSize()[::-1]), record.crop_shape
+    step = np.array(record.resample_mm) / clipped.GetSpacing()[::-1]
+    place = np.array(clipped.TransformPhysicalPointToContinuousIndex(xyz))[::-1]
+    first = expected_first(place, sides, width, step, record.edge)
+    crop = itk.Resample(
+        clipped,
+        [int(side) for side in width[::-1]],
+        itk.Transform(),
+        itk.sitkLinear,
+        clipped.TransformContinuousIndexToPhysicalPoint(first[::-1].tolist()),
+        [float(mm) for mm in record.resample_mm[::-1]],  # type: ignore[index]
+        clipped.GetDirection(),
+        float(record.hu[0]),
+        itk.sitkFloat32,
+    )
+    at = [first[axis] + np.arange(width[axis]) * step[axis] for axis in range(3)]
+    sure = [np.minimum(np.abs(p + 0.5), np.abs(p - n + 0.5)) > TIE for p, n in zip(at, sides, strict=True)]
+    return itk.GetArrayFromImage(crop), sure[0][:, None, None] & sure[1][:, None] & sure[2]
+
+
+def cut(voxels: Voxels, start: list[int], crop_shape: tuple[int, int, int], record: Record, dtype: str) -> Voxels:
+    """One crop in the shard's dtype, HU clipped, the lower bound where it lies outside the scan."""
     low, high = record.hu
     crop = np.full(crop_shape, low, dtype=np.float32)
     inner, outer = [], []
     for first, side, width in zip(start, voxels.shape, crop_shape, strict=True):
         begin, end = max(first, 0), min(first + width, side)
         if begin >= end:
-            return crop.astype(record.dtype)
+            return crop.astype(dtype)
         inner.append(slice(begin, end))
         outer.append(slice(begin - first, end - first))
     crop[tuple(outer)] = np.clip(voxels[tuple(inner)].astype(np.float32), low, high)
-    return crop.astype(record.dtype)
+    return crop.astype(dtype)
 
 
 def _check_volume(store: Path, record: Record, scan: dict[str, Any], voxels: Voxels, found: Findings) -> None:

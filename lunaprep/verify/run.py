@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lunaprep import schema
-from lunaprep.errors import UsageError
+from lunaprep.errors import BusyError, UsageError
 from lunaprep.verify.checksums import (
     check_receipts,
     check_shards,
@@ -57,15 +57,28 @@ def verify_store(
     ------
     UsageError
         The folder is no store, the level is unknown, or level source was given no data folder.
+    BusyError
+        Something was found, but a build replaced the store meanwhile.
     """
     store = Path(store)
     _check_usage(store, level, data)
+    version = _version(store)
     found = Findings()
     counts = {"shards": 0, "crops": 0, "volumes": 0, "bytes_read": 0}
     record = load_record(store, found)
     if record is not None:
         _verify(store, record, level, data, progress, found, counts)
+    if found.as_tuple() and version != _version(store):
+        message = f"{store}: a build replaced the store while it was verified. Verify it again"
+        raise BusyError(message)
     return VerifyReport(level, found.as_tuple(), counts)
+
+
+def _version(store: Path) -> tuple[bool, int, int]:
+    """What changes when a build replaces the store."""
+    stat = (store / schema.STORE_FILE).lstat()
+    is_cut_off = (store / schema.WORK_DIR / schema.JOURNAL_FILE).exists()
+    return is_cut_off, stat.st_ino, stat.st_mtime_ns
 
 
 def _check_usage(store: Path, level: str, data: Path | None) -> None:
@@ -106,7 +119,6 @@ def _verify(
             check_shard(store, shard, found)
     if level == "quick":
         return
-    check_front_doors(store, record, here, found)
     for scan in volumes:
         if scan["volume_file"] in here:
             check_volume(store, scan, found)
@@ -163,7 +175,7 @@ def _verify_bytes(
     meter: Meter,
     found: Findings,
 ) -> None:
-    check_small_files(store, record, meter, found)
+    check_front_doors(store, record, check_small_files(store, record, meter, found), found)
     receipts = load_receipts(store, record, meter, found)
     check_receipts(record, receipts, scans, found)
     check_shards(store, witnesses(record, *tables, receipts), meter, found)

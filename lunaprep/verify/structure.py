@@ -15,7 +15,7 @@ import numpy as np
 
 from lunaprep import schema
 from lunaprep.verify.findings import Findings
-from lunaprep.verify.places import BadFileError, open_plain
+from lunaprep.verify.places import BadFileError, open_plain, read_whole
 from lunaprep.verify.record import Record, ShardRecord
 
 MOST_ATTRIBUTE_BYTES = 4096
@@ -54,18 +54,22 @@ def check_shard(store: Path, shard: ShardRecord, found: Findings) -> None:
     _guarded(store, str(shard.file), look, found, shard_id=shard.id)
 
 
-def check_front_doors(store: Path, record: Record, here: set[str], found: Findings) -> None:
-    """Check that crops.h5 and slabs.h5, where they are `here`, map all shards, in order, and nothing else."""
+def check_front_doors(store: Path, record: Record, intact: set[str], found: Findings) -> None:
+    """Check that crops.h5 and slabs.h5 map all shards, in order, and nothing else.
+
+    Only those of a right checksum, which `intact` names: HDF5 keeps the names of mapped files without a checksum of its
+    own, and a page of zeros there has it walk in a circle.
+    """
     crops = {schema.CROPS_DATASET: (record.dtype, record.crop_shape, record.shards_with_file)}
     doors = {schema.FRONT_DOOR_FILE: (schema.MANIFEST_FILE, crops)}
     if record.slabs is not None:
         slabs = {
-            schema.SLABS_DATASET: (record.dtype, schema.SLAB_SHAPE, list(record.slabs)),
+            schema.SLABS_DATASET: (record.slab_dtype, schema.SLAB_SHAPE, list(record.slabs)),
             schema.MASKS_DATASET: ("uint8", schema.SLAB_SHAPE, list(record.masks)),
         }
         doors[schema.SLAB_DOOR_FILE] = (schema.SLABS_FILE, slabs)
     for place, (manifest, datasets) in doors.items():
-        if place in here:
+        if place in intact:
             look = partial(_look_at_door, record=record, manifest=manifest, datasets=datasets)
             _guarded(store, place, look, found)
 
@@ -77,6 +81,7 @@ def _look_at_door(
     datasets: dict[str, tuple[str, tuple[int, int, int], list[ShardRecord]]],
 ) -> None:
     """Check a front door; `datasets` are its datasets' dtypes, crop shapes and shards."""
+    _require_heaps(read_whole(Path(file.filename).parent, Path(file.filename).name))
     for name, (dtype, crop_shape, shards) in datasets.items():
         dataset = _dataset(file, name, tuple(datasets))
         if shards:
@@ -229,6 +234,24 @@ def _require_places(dataset: h5py.h5d.DatasetID, rows: int, crop_bytes: int) -> 
         expected = schema.DATA_OFFSET + k * crop_bytes
         message = f"crop {k} lies at byte {offset} with {size} bytes, expected byte {expected} with {crop_bytes}"
         _require((offset, size) == (expected, crop_bytes), "hdf5-offset", message)
+
+
+def _require_heaps(raw: bytes) -> None:
+    """Refuse lists of mapped files on which HDF5 would never come to the end, or fall: they lie in global heaps.
+
+    Of each object its size must lead to the next one, and a list can't have more entries than bytes.
+    """
+    at = raw.find(b"GCOL")
+    while at >= 0:
+        end, place = at + int.from_bytes(raw[at + 8 : at + 16], "little"), at + 16
+        _require(end <= len(raw), "hdf5-layout", f"the heap at byte {at} goes beyond the end of the file")
+        while place + 16 <= end:
+            size, is_free = int.from_bytes(raw[place + 8 : place + 16], "little"), raw[place : place + 2] == b"\0\0"
+            entries = 0 if is_free else int.from_bytes(raw[place + 17 : place + 25], "little")
+            place += size if is_free else 16 + -(-size // 8) * 8
+            whole = place <= end and entries <= size and (size >= 16 or not is_free)
+            _require(whole, "hdf5-layout", f"the heap at byte {at} is damaged; HDF5 isn't let near it")
+        at = raw.find(b"GCOL", at + 4)
 
 
 def _require_mapping(plist: h5py.h5p.PropDCID, shards: list[ShardRecord]) -> None:

@@ -23,6 +23,9 @@ _PLACE = schema.MANIFEST_FILE
 _AXES = ("index", "row", "col")
 _STARTS = ("start_col", "start_row", "start_index")
 _SIDES = ("num_slices", "num_rows", "num_cols")
+CENTER_COLUMNS = tuple(f"center_{axis}" for axis in _AXES)
+_OF_A_NODULE = ("subtype", "malignancy_votes")
+_VOTES = re.compile(r"[1-5](,[1-5])*")
 _HEX_128 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -74,9 +77,16 @@ def _scan_problem(scan: dict[str, Any], record: Record) -> str | None:
         return "spacing isn't positive, or direction is singular"
     if scan["data_bytes"] is None or _HEX_128.fullmatch(scan["data_xxh3"] or "") is None:
         return "data_bytes or data_xxh3 is missing or malformed"
-    if scan["is_thin"] != any(side < width for side, width in zip(sides, record.crop_shape, strict=True)):
+    if scan["is_thin"] not in _thin(record, sides, scan["spacing"]):
         return f"is_thin is {scan['is_thin']} for shape {sides} and crops of {record.crop_shape}"
     return _range_problem(scan) or _volume_problem(scan) or _target_problem(scan, sides)
+
+
+def _thin(record: Record, sides: list[int], spacing: list[float]) -> set[bool]:
+    """What `is_thin` may be: both, where a resampled crop measures what the scan does, within `TIE`."""
+    steps = np.divide(record.resample_mm, spacing[::-1]) if record.resample_mm else np.ones(3)
+    short = np.array(record.crop_shape) * steps - sides
+    return {bool((short > off).any()) for off in ((-TIE, TIE) if record.resample_mm else (0,))}
 
 
 def _range_problem(scan: dict[str, Any]) -> str | None:
@@ -112,9 +122,10 @@ def check_manifest(record: Record, scans: list[dict[str, Any]] | None, manifest:
     check_count("crops", manifest.num_rows, record, _PLACE, found)
     check_count("nodules", int(manifest.numbers["is_nodule"].sum()), record, _PLACE, found)
     check_rows(manifest, found)
-    if "subtype" in manifest.texts:
-        labelled = (manifest.texts["subtype"].codes >= 0) & (manifest.numbers["annotation_id"] < 0)
-        tell(found, manifest, labelled, "bad-value", "subtype is of a nodule, and it has none")
+    for name in (name for name in _OF_A_NODULE if name in manifest.texts):
+        labelled = (manifest.texts[name].codes >= 0) & (manifest.numbers["annotation_id"] < 0)
+        tell(found, manifest, labelled, "bad-value", f"{name} is of a nodule, and it has none")
+    _check_votes(manifest, found)
     ids = manifest.numbers["candidate_id"]
     _, first, counts = np.unique(ids, return_index=True, return_counts=True)
     twice = np.isin(ids, ids[first[counts > 1]]) | (ids < 0)
@@ -124,6 +135,21 @@ def check_manifest(record: Record, scans: list[dict[str, Any]] | None, manifest:
     check_patients(manifest, found)
     if scans is not None:
         _check_against_scans(record, scans, manifest, found)
+
+
+def _check_votes(manifest: Manifest, found: Findings) -> None:
+    """Malignancy ratings are such, in order, and beside them stands their mean."""
+    codes, texts = np.full(manifest.num_rows, -1), []
+    if "malignancy_votes" in manifest.texts:
+        codes, texts = manifest.texts["malignancy_votes"].codes, manifest.texts["malignancy_votes"].values
+    ratings = [sorted(map(int, text.split(","))) if _VOTES.fullmatch(text) else [] for text in texts]
+    is_bad = [",".join(map(str, each)) != text for each, text in zip(ratings, texts, strict=True)]
+    means = [sum(each) / len(each) if each else math.nan for each in ratings]
+    expected, bad = np.array([*means, math.nan])[codes], np.array([*is_bad, False])[codes]
+    got = manifest.numbers.get("malignancy_mean", np.full(manifest.num_rows, math.nan))
+    tell(found, manifest, bad, "bad-value", "malignancy_votes are no ratings from 1 to 5 in ascending order")
+    off = ~bad & ~np.isclose(got, expected, rtol=1e-9, equal_nan=True)
+    tell(found, manifest, off, "bad-value", "malignancy_mean is not the mean of malignancy_votes")
 
 
 def tell(found: Findings, manifest: Manifest, mask: Mask, code: str, message: str) -> None:
@@ -217,6 +243,8 @@ def _check_against_scans(record: Record, scans: list[dict[str, Any]], manifest: 
             found.error("wrong-count", schema.SCANS_FILE, message, series_uid=entry["series_uid"])
     check_owners(scans, manifest, scan, found)
     check_windows(record, record.crop_shape, scans, manifest, scan, found)
+    if not record.resample_mm and any(name in manifest.numbers for name in CENTER_COLUMNS):
+        found.error("bad-value", _PLACE, f"has {CENTER_COLUMNS[0]}, but its crops aren't resampled")
 
 
 def check_owners(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints, found: Findings) -> None:
@@ -264,6 +292,9 @@ def check_windows(
             "bad-place",
             "its centre in mm lies in another voxel",
         )
+    if record.resample_mm and manifest.place == _PLACE:
+        check_samples(record, scans, manifest, scan, continuous_irc(scans, manifest, scan), found)
+        return
     wrong = known & (start != expected_start(centre, sides, crop_shape, record.edge)).any(axis=1)
     tell(found, manifest, wrong, "bad-start", f"its start isn't that of --edge {record.edge}")
     padded = ((start < 0) | (start + crop_shape > sides)).any(axis=1)
@@ -289,3 +320,47 @@ def expected_start(centre: Ints, sides: Ints, crop_shape: tuple[int, int, int], 
     if edge == "pad":
         return np.asarray(start)
     return np.asarray(np.clip(start, np.minimum(0, sides - width), np.maximum(0, sides - width)))
+
+
+def check_samples(
+    record: Record,
+    scans: list[dict[str, Any]],
+    manifest: Manifest,
+    scan: Ints,
+    place: npt.NDArray[np.float64],
+    found: Findings,
+) -> None:
+    """Start, centre and is_padded of resampled crops must follow from the centre's place in the scan, within `TIE`."""
+    n, known, mm = manifest.numbers, scan >= 0, np.array(record.resample_mm)
+    if manifest.num_rows and any(name not in n for name in CENTER_COLUMNS):
+        found.error("bad-value", _PLACE, f"lacks one of {', '.join(CENTER_COLUMNS)}, and its crops are resampled")
+        return
+    sides = np.array([[s[name] for name in _SIDES] for s in scans], dtype=np.int64)[scan]
+    step = mm / np.array([s["spacing"][::-1] for s in scans])[scan]
+    first = expected_first(place, sides, record.crop_shape, step, record.edge)
+    start = np.stack([n[f"start_{axis}"] for axis in _AXES], axis=1)
+    centre = np.stack([n[name] for name in CENTER_COLUMNS], axis=1)
+    with np.errstate(invalid="ignore"):
+        near = (np.abs(start - first) <= 0.5 + TIE).all(axis=1)
+        right = (np.abs(first + centre * step - place) <= TIE).all(axis=1)
+        out = np.maximum(-0.5 - first, first + (np.array(record.crop_shape) - 1) * step - (sides - 0.5)).max(axis=1)
+    tell(found, manifest, known & ~near, "bad-start", f"its start isn't that of --edge {record.edge}")
+    tell(found, manifest, known & ~right, "bad-start", "center_index, _row, _col aren't where its centre is")
+    wrong = (np.abs(out) > TIE) & ((out > 0) != n["is_padded"])
+    tell(found, manifest, known & wrong, "bad-value", "is_padded is wrong")
+
+
+def expected_first(
+    place: npt.NDArray[np.float64],
+    sides: npt.NDArray[Any],
+    crop_shape: tuple[int, int, int],
+    step: npt.NDArray[np.float64],
+    edge: str,
+) -> npt.NDArray[np.float64]:
+    """Place in the scan, (..., 3), of the first voxel of resampled crops; `step` is what a voxel of theirs measures."""
+    width = np.array(crop_shape)
+    first = place - width // 2 * step
+    if edge == "pad":
+        return np.asarray(first)
+    low, high = -0.5 + step / 2, sides - 0.5 - step / 2 - (width - 1) * step
+    return np.asarray(np.clip(first, np.minimum(low, high), np.maximum(low, high)))
