@@ -161,7 +161,7 @@ def _opening(store: Store, folder: Path) -> list[BenchRow]:
 def _warm(store: Store, folder: Path, rounds: int, batch_size: int) -> list[BenchRow]:
     copy = _float32_copy(store, folder)
     buffer = aligned_empty((batch_size, copy.shape[1]), np.float32)
-    ways = {name: _gathering(one, buffer) for name, one in _memcpys(copy, buffer).items()}
+    ways = {name: _gathering(one, buffer) for name, one in memcpys(copy, buffer).items()}
     random = np.random.default_rng(0)
 
     def some_batches() -> list[Rows]:
@@ -257,7 +257,7 @@ def _rows(names: dict[str, str], speeds: dict[str, list[float]], limit: str) -> 
     return rows
 
 
-def _memcpys(copy: npt.NDArray[np.float32], buffer: npt.NDArray[np.float32]) -> dict[str, Callable[..., None]]:
+def memcpys(copy: npt.NDArray[np.float32], buffer: npt.NDArray[np.float32]) -> dict[str, Callable[..., None]]:
     """The ways one thread may copy whole crops; the fastest is the limit."""
     memmove = ctypes.PyDLL(None).memmove if sys.platform != "win32" else ctypes.cdll.msvcrt.memmove
     memmove.argtypes, memmove.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], None

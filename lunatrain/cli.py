@@ -1,6 +1,7 @@
 """The command line: each command reads its options, calls the library, prints. The home of click."""
 
 import errno
+import faulthandler
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import click
 from lunaprep.errors import LunaprepError
 from lunatrain import __version__
 from lunatrain.cli_detect import detect
-from lunatrain.cli_train import cls, device_option, json_option, mal, print_json, seg, store_path, table_path
+from lunatrain.cli_train import cls, device_option, json_option, loc, mal, print_json, seg, store_path, table_path
 from lunatrain.errors import LunatrainError, UsageError
 
 EXIT_NO_SPACE = 5
@@ -61,19 +62,19 @@ def cli() -> None:
     """
 
 
-for _command in (cls, seg, mal, detect):
+for _command in (cls, seg, mal, loc, detect):
     cli.add_command(_command)
 
 
 @cli.command(name="eval")
-@click.argument("run", required=False, type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option("--store", type=store_path, help="The store's folder or its crops.h5.  [default: the run's]")
 @click.option(
     "--checkpoint", type=table_path, help="A checkpoint, or a .state file of the book.  [default: the run's best]"
 )
 @click.option("--split", help="series, candidate, fold:K or all.  [default: the run's]")
 @click.option("--part", type=click.Choice(["val", "train", "all"]), default="val", show_default=True)
-@click.option("--target", type=click.Choice(["nodule", "malignant"]), help="[default: the run's]")
+@click.option("--target", type=click.Choice(["nodule", "malignant", "subtype"]), help="[default: the run's]")
 @click.option(
     "--annotations", type=table_path, help="annotations.csv, for the challenge's score.  [default: from the crops]"
 )
@@ -84,25 +85,54 @@ for _command in (cls, seg, mal, detect):
 @device_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: a folder in the run's]")
 @json_option
-def evaluate(as_json: bool, **options: Any) -> None:
+def evaluate(runs: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Evaluate RUN (default: the newest) on a part of its split, as the LUNA16 challenge does.
 
-    Writes report.html with pictures, predictions.csv in the challenge's format, and metrics.json.
+    Writes report.html with pictures, predictions.csv in the challenge's format, and metrics.json. Of a run of 'cls
+    --target subtype': a confusion matrix, figures of each class and the means of these, and predictions.csv with a
+    probability for each class. Of runs of 'loc': the IoU of each and of their mean, predictions.csv with boxes, and
+    boxes.png.
 
     \b
     Example:
         lunatrain eval
         lunatrain eval runs/2026-11-22_10.00.00-cls --part all --annotations annotations.csv
         lunatrain eval --checkpoint book.state --store store/crops.h5
+        lunatrain eval runs/2026-11-22_12.00.00-loc runs/2026-11-22_13.00.00-loc
     """
+    if runs and _evaluate_boxes(runs, as_json, options):
+        return
+    if len(runs) > 1:
+        message = f"{runs[0]} and {len(runs) - 1} more: several runs are judged together of 'loc' alone. Name one"
+        raise UsageError(message)
     from lunatrain.evaluation import EvalOptions, run_evaluation
 
-    done = run_evaluation(EvalOptions(**options))
+    done = run_evaluation(EvalOptions(run=runs[0] if runs else None, **options))
     if as_json:
         print_json(done.result.to_json())
     else:
         click.echo(done.result.text())
         click.echo(f"\n{done.out / 'report.html'}")
+
+
+def _evaluate_boxes(runs: tuple[Path, ...], as_json: bool, options: dict[str, Any]) -> bool:
+    """Judge runs of 'loc'; False where the first is none."""
+    from lunatrain.box_evaluation import BoxEvalOptions, evaluate_boxes
+    from lunatrain.localisation import is_localisation
+
+    if options["checkpoint"] is not None or not is_localisation(runs[0]):
+        return False
+    for name in ("target", "annotations", "excluded", "bootstrap"):
+        if options[name]:
+            message = f"--{name} is for classifiers, and {runs[0]} gives lung boxes. Leave it out"
+            raise UsageError(message)
+    shared = {name: options[name] for name in ("store", "split", "part", "device", "out")}
+    done = evaluate_boxes(BoxEvalOptions(runs, **shared))
+    if as_json:
+        print_json(done.to_json())
+    else:
+        click.echo(done.text())
+    return True
 
 
 @cli.command()
@@ -195,6 +225,7 @@ def _excluded_complaint(no_excluded: bool) -> str:
 
 def main() -> None:
     """Run the command line."""
+    faulthandler.enable()  # a crash in a library, or a mapped file that was cut, says where it was
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     if not sys.stderr.isatty():

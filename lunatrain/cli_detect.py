@@ -19,6 +19,14 @@ _run = click.Path(path_type=Path, exists=True)
 @click.option(
     "--mal", type=_run, help="Run (or checkpoint) of 'mal', for the malignancy of findings.  [default: without]"
 )
+@click.option(
+    "--loc", type=_run, multiple=True,
+    help="Run (or checkpoint) of 'loc': search inside its box around the lungs alone. Given more than once: inside the "
+    "mean of theirs.",
+)  # fmt: skip
+@click.option(
+    "--loc-margin", type=click.FloatRange(0), default=25.0, show_default=True, metavar="MM", help="Added to that box."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: detect-TIME]")
 @click.option(
     "--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="P",
@@ -55,6 +63,7 @@ def detect(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     Example:
         lunatrain detect scan.mhd
         lunatrain detect data/subset9 --seg runs/A-seg --cls runs/B-cls --out findings
+        lunatrain detect scan.mhd --loc runs/A-loc --loc runs/B-loc
         lunatrain detect data/subset9 --annotations data/annotations.csv --harvest hard.csv
     """
     from lunatrain.detect.pipeline import DetectOptions, run_detection

@@ -40,8 +40,19 @@ def all_of(*options: "Callable[[Any], Any]") -> "Callable[[Any], Any]":
     return decorate
 
 
-def _run_options(unit: str, batch_size: int, model: str, augment: str) -> "Callable[[Any], Any]":
-    """Options of every training command; those that differ between them say so in their help."""
+def _run_options(
+    unit: str,
+    batch_size: int,
+    model: str,
+    augment: str,
+    transforms: str = "flip,offset,scale,rotate,noise",
+    defaults: tuple[str, str, str, str] = ("10", "adamw", "one-cycle", "best.pt alone"),
+) -> "Callable[[Any], Any]":
+    """Options of every training command; those that differ between them say so in their help.
+
+    `defaults` are those of --epochs, --optimizer, --schedule and --keep-best.
+    """
+    epochs, optimizer, schedule, keep_best = defaults
     return all_of(
         click.option(
             "--store", type=store_path, help="The store's folder or its crops.h5.  [default: crops.h5, or the run's]"
@@ -49,17 +60,20 @@ def _run_options(unit: str, batch_size: int, model: str, augment: str) -> "Calla
         click.option("--out", "run", type=click.Path(path_type=Path, file_okay=False),
                      help="Folder of the run.  [default: runs/TIME-TASK]"),
         click.option("--split", help="series, candidate, fold:K, or all: nothing is held out.  [default: series]"),
-        click.option("--epochs", type=int, help="[default: 10]"),
+        click.option("--epochs", type=int, help=f"[default: {epochs}]"),
         click.option("--samples", type=int, help=f"Samples of an epoch.  [default: every training {unit} once]"),
         click.option("--batch-size", type=int, help=f"Of all processes together.  [default: {batch_size}]"),
         click.option("--augment", metavar="LIST",
-                     help=f"flip,offset,scale,rotate,noise; '' for none.  [default: {augment}]"),
+                     help=f"{transforms}; '' for none.  [default: {augment}]"),
         click.option("--model", help=model),
-        click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), help="[default: adamw]"),
+        click.option("--optimizer", type=click.Choice(["adamw", "adam", "sgd"]), help=f"[default: {optimizer}]"),
         click.option("--lr", type=float, help="Learning rate, the highest of a one-cycle schedule."),
-        click.option("--schedule", type=click.Choice(["one-cycle", "constant"]), help="[default: one-cycle]"),
+        click.option("--schedule", type=click.Choice(["one-cycle", "plateau", "constant"]),
+                     help=f"plateau: lower where the score stands still.  [default: {schedule}]"),
         click.option("--patience", type=int,
                      help="Stop after so many epochs without a better score.  [default: never]"),
+        click.option("--keep-best", type=int, metavar="K",
+                     help=f"Keep the weights of the K best epochs.  [default: {keep_best}]"),
         click.option("--amp", type=_AMP, help="Mixed precision.  [default: auto: on CUDA only]"),
         click.option("--compile/--no-compile", default=None, help="torch.compile the model.  [default: no]"),
         device_option,
@@ -78,10 +92,12 @@ def _run_options(unit: str, batch_size: int, model: str, augment: str) -> "Calla
 @click.option(
     "--preset", type=click.Choice(["book-ch11", "book-ch12"]), help="The book's settings; others override them."
 )
-@click.option("--target", type=click.Choice(["nodule", "malignant"]), help="What to learn.  [default: nodule]")
 @click.option(
-    "--balanced/--no-balanced", default=None, help="As many nodules as others in a batch.  [default: balanced]"
+    "--target",
+    type=click.Choice(["nodule", "malignant", "subtype"]),
+    help="What to learn; subtype is of several classes.  [default: nodule]",
 )
+@click.option("--balanced/--no-balanced", default=None, help="As many of each class in a batch.  [default: balanced]")
 @click.option("--ratio", type=int, help="Negatives for each positive, where balanced.  [default: 1]")
 @click.option(
     "--shuffle",
@@ -104,6 +120,7 @@ def cls(**options: Any) -> None:
     Example:
         lunatrain cls --store store/crops.h5
         lunatrain cls --store store/crops.h5 --preset book-ch12 --samples 20000 --epochs 5
+        lunatrain cls --store store/crops.h5 --target subtype --init runs/2026-11-22_10.00.00-cls/best.pt
         lunatrain cls --store store/crops.h5 --resume
     """
     _train("cls", _config, **options)
@@ -176,6 +193,39 @@ def mal(init: Path | None, resume: bool, **options: Any) -> None:
     _train("mal", _mal_config, init=init, resume=resume, **options)
 
 
+@click.command()
+@_run_options(
+    "slice", 32, "resnet or depthwise.  [default: resnet]", "all of them", "flip,gamma,offset,scale,rotate",
+    ("20", "adam", "plateau", "3"),
+)  # fmt: skip
+@click.option("--boxes", type=table_path, help="Learn this CSV's boxes instead: Image,Xmin,Ymin,Xmax,Ymax, fractions.")
+@click.option(
+    "--slices",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of the DICOM files that --boxes names.  [default: the CSV's]",
+)
+@click.option("--side", type=int, help="Rows and columns that slices are brought to.  [default: 96]")
+@click.option("--slice-mm", type=float, help="Distance of the slices that are learnt.  [default: 5]")
+@click.option("--init", type=table_path, help="Start from the weights of a checkpoint.")
+def loc(boxes: Path | None, store: Path | None, **options: Any) -> None:
+    """Train a network that gives the box around the lungs in a slice.
+
+    Learns the boxes of a store's lung masks, or those of a CSV file and its DICOM slices. Writes what 'cls' writes, the
+    weights of the best epochs (epoch-NNN.pt), predictions/ (slices with both boxes, the worst first) and curves.png.
+    Train one of each --model, and name both where boxes are wanted: 'lunatrain eval', 'lunatrain detect --loc'.
+
+    \b
+    Example:
+        lunatrain loc --store store/crops.h5
+        lunatrain loc --boxes boxes.csv --slices dicom --model depthwise
+        lunatrain eval runs/A-loc runs/B-loc
+    """
+    if boxes is not None and store is not None:
+        message = "--store and --boxes: choose one of them"
+        raise click.UsageError(message)
+    _train("loc", _loc_config, store=boxes or store, **options)
+
+
 def _train(
     name: str,
     make_config: "Callable[[dict[str, Any]], TrainConfig]",
@@ -187,26 +237,30 @@ def _train(
     init: Path | None,
     resume: bool,
     as_json: bool,
+    slices: Path | None = None,
     **settings: Any,
 ) -> None:
-    from lunatrain import segmentation, training
+    from lunatrain import localisation, segmentation, training
     from lunatrain.distributed import join_processes
 
-    home: Any = segmentation if name == "seg" else training
+    home: Any = {"seg": segmentation, "loc": localisation}.get(name, training)
     with join_processes(device) as processes:
         if resume:
             run = run or training.newest_run(name)
-            options = training.TrainOptions(store or training.store_of(run), run, device, None, io, processes)
+            store, slices = store or training.store_of(run), slices or training.slices_of(run)
+            options = training.TrainOptions(store, run, device, None, io, processes, slices)
             trainer, loaded = home.resume_training(options)
             progress = trainer.progress
             if processes.is_first:
                 click.echo(f"{loaded.path}: going on at epoch {progress.epoch + 1}, step {progress.step}", err=True)
         else:
             run = run or Path(processes.agree(str(training.new_run(name))))
-            options = training.TrainOptions(store or Path("crops.h5"), run, device, init, io, processes)
+            options = training.TrainOptions(store or Path("crops.h5"), run, device, init, io, processes, slices)
             trainer = home.open_training(options, make_config(settings))
             if processes.is_first:
                 training.note_store(options)
+                for note in trainer.run.notes:
+                    click.echo(f"lunatrain: {note}", err=True)
                 if trainer.run.config.split == "all":
                     click.echo("lunatrain: --split all: figures are those of the training crops themselves", err=True)
         _run_to_the_end(trainer, as_json)
@@ -258,13 +312,21 @@ def _changed(base: "TrainConfig", settings: dict[str, Any]) -> "TrainConfig":
     """Settings with those replaced that were given."""
     from dataclasses import replace
 
+    from lunatrain.config import TARGETS
+
     given = {name: value for name, value in settings.items() if value is not None}
     if "target" in given:
-        given["target"] = f"is_{given['target']}"
+        given["target"] = TARGETS[given["target"]]
     balanced = given.pop("balanced", None)
     if balanced is not None:
         given.setdefault("ratio", max(1, base.ratio) if balanced else 0)
     return replace(base, **given)
+
+
+def _loc_config(settings: dict[str, Any]) -> "TrainConfig":
+    from lunatrain.localisation_config import LocConfig
+
+    return _changed(LocConfig(), settings)
 
 
 def _mal_config(settings: dict[str, Any]) -> "TrainConfig":

@@ -1,7 +1,7 @@
 """What a training run is asked to do: checked once, kept in every checkpoint."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lunatrain.errors import UsageError
 
@@ -12,6 +12,12 @@ def _require(holds: bool, name: str, got: object, expected: str) -> None:
         raise UsageError(message)
 
 
+TARGETS = {"nodule": "is_nodule", "malignant": "is_malignant", "subtype": "subtype"}
+"""Columns of the manifest that can be learnt, by what --target calls them."""
+SUBTYPE = TARGETS["subtype"]
+"""The one that is of several classes; the others are true or false."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a run. How the defaults were chosen: docs/training.md.
@@ -19,7 +25,10 @@ class TrainConfig:
     Parameters
     ----------
     target : str
-        Column of the manifest to learn, true or false.
+        Column of the manifest to learn, one of `TARGETS`.
+    classes : tuple of str
+        Of a target of several classes: what each output of the network stands for. Found in the training part of the
+        store, and kept from then on; empty where the target is true or false.
     split : str
         ``series``, ``candidate``, ``fold:K``, or ``all``: nothing is held out.
     model : str
@@ -29,7 +38,7 @@ class TrainConfig:
     batch_size : int
         Samples a step.
     ratio : int
-        Negatives for each positive; 0 does not balance.
+        Negatives for each positive; 0 does not balance. Of several classes 1 draws each alike.
     shuffle : {"all", "shards"}
         Order of an unbalanced epoch: all crops mixed, or those of some shards at a time, for a store larger than RAM.
     with_others : bool
@@ -38,20 +47,22 @@ class TrainConfig:
         Last stages of the model that learn, the linear layer being one; 0 trains all.
     augment : str
         Comma-separated transforms, see `lunatrain.augment`; empty for none.
-    optimizer : {"adamw", "sgd"}
+    optimizer : {"adamw", "adam", "sgd"}
         With `weight_decay`, and for SGD `momentum`.
     lr : float
         Learning rate, the highest one where `schedule` is one-cycle.
-    schedule : {"one-cycle", "constant"}
-        How the learning rate goes.
+    schedule : {"one-cycle", "plateau", "constant"}
+        How the learning rate goes; plateau lowers it where the validation's score stands still (`lunatrain.loop`).
     label_smoothing : float
-        Share of the target given to the other class.
+        Share of the target that is spread over all classes.
     ema : float
         Decay of the averaged weights that are validated and kept; 0 for none.
     clip_grad : float
         Greatest norm of the gradient; 0 for no limit.
     patience : int
         Epochs without a better score after which training stops; 0 never stops.
+    keep_best : int
+        Best epochs whose weights are kept; more than one in files of their own, beside best.pt.
     amp : {"auto", "bf16", "fp16", "off"}
         Mixed precision; auto is bf16 or fp16 on CUDA, off on a CPU.
     compile : bool
@@ -63,6 +74,7 @@ class TrainConfig:
     """
 
     target: str = "is_nodule"
+    classes: tuple[str, ...] = ()
     split: str = "series"
     model: str = "residual"
     epochs: int = 10
@@ -73,15 +85,16 @@ class TrainConfig:
     with_others: bool = False
     finetune: int = 0
     augment: str = "flip,rotate"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.05
-    schedule: Literal["one-cycle", "constant"] = "one-cycle"
+    schedule: Literal["one-cycle", "plateau", "constant"] = "one-cycle"
     label_smoothing: float = 0.05
     ema: float = 0.0
     clip_grad: float = 1.0
     patience: int = 0
+    keep_best: int = 1
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     compile: bool = False
     save_steps: int = 500
@@ -92,6 +105,9 @@ class TrainConfig:
         _require(self.samples >= 0, "samples", self.samples, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.ratio >= 0, "ratio", self.ratio, "0 or more")
+        _require(
+            self.ratio <= 1 or self.target != SUBTYPE, "ratio", self.ratio, "1: of several classes each is drawn alike"
+        )
         _require(self.shuffle in ("all", "shards"), "shuffle", self.shuffle, "all or shards")
         _require(
             self.shuffle == "all" or not self.ratio,
@@ -100,8 +116,10 @@ class TrainConfig:
             "all, or --no-balanced: balanced sampling draws from all shards",
         )
         _require(self.finetune >= 0, "finetune", self.finetune, "0 or more")
-        _require(self.optimizer in ("adamw", "sgd"), "optimizer", self.optimizer, "adamw or sgd")
-        _require(self.schedule in ("one-cycle", "constant"), "schedule", self.schedule, "one-cycle or constant")
+        _require(self.optimizer in ("adamw", "adam", "sgd"), "optimizer", self.optimizer, "adamw, adam or sgd")
+        schedules = ("one-cycle", "plateau", "constant")
+        _require(self.schedule in schedules, "schedule", self.schedule, "one-cycle, plateau or constant")
+        _require(self.keep_best >= 1, "keep_best", self.keep_best, "1 or more")
         _require(0 < self.lr <= 100, "lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 to below 1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
@@ -141,19 +159,21 @@ MALIGNANCY = TrainConfig(target="is_malignant", with_others=True, finetune=2)
 """What `lunatrain mal` starts from."""
 
 
-def config_from_json(value: dict[str, Any]) -> TrainConfig:
-    """Return the settings that `TrainConfig.to_json` gave.
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def config_from_json(value: dict[str, Any], kind: type[Config]) -> Config:
+    """Return the settings that `to_json` of this kind gave.
 
     Raises
     ------
     UsageError
         A setting this version does not know.
     """
-    known = {item.name for item in fields(TrainConfig)}
-    strange = sorted(set(value) - known)
+    strange = sorted(set(value) - {item.name for item in fields(kind)})
     if strange:
         message = (
             f"the run has a setting {strange[0]!r} that this lunatrain does not know; use the version that made it"
         )
         raise UsageError(message)
-    return TrainConfig(**value)
+    return kind(**value | {"classes": tuple(value.get("classes", ()))})  # a list in JSON

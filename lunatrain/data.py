@@ -138,6 +138,7 @@ class CropLoader:
 
     def _run(self, rows: Iterable[Rows]) -> Iterator[Batch]:
         started = time.perf_counter()
+        self._crops.check()
         if not self._ring:
             self._ring = [_Slot(self.batch_size, self._crops, self.dtype, self.device) for _ in range(self._depth)]
         filler = _Filler(self._crops, rows, self._ring, self._lookahead)

@@ -4,19 +4,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from lunaprep.store.reader import Store, open_store
+from lunatrain.config import SUBTYPE, TARGETS
+from lunatrain.crop_kind import check_fits
 from lunatrain.data import CropLoader
+from lunatrain.errors import UsageError
 from lunatrain.evaluate import Evaluation, evaluate
+from lunatrain.evaluate_classes import ClassEvaluation, evaluate_classes
+from lunatrain.labelled import rows_of_classes
 from lunatrain.log import read_metrics
 from lunatrain.loop import amp_context
 from lunatrain.mapping import open_crops
 from lunatrain.marks import read_annotations
 from lunatrain.models import prepare_for
 from lunatrain.report import worst_pictures, write_report
+from lunatrain.report_classes import write_class_report, wrong_pictures
 from lunatrain.sampling import Rows, select_rows
-from lunatrain.tasks.classify import in_batches, predict
+from lunatrain.tasks.classify import in_batches, predict_classes
 from lunatrain.training import CLASSIFIERS, best_of, load_model, newest_run, pick_device, store_of
 
 BATCH = 256
@@ -43,8 +50,22 @@ class EvalOptions:
 class Evaluated:
     """An evaluation and the folder its report lies in."""
 
-    result: Evaluation
+    result: Evaluation | ClassEvaluation
     out: Path
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """A network, and the part of a store it is to be judged on."""
+
+    options: EvalOptions
+    store: Store
+    model: torch.nn.Module
+    split: str
+
+    def predict(self, rows: Rows) -> Any:
+        """Probabilities of rows, (n, classes)."""
+        return predict_rows(self.model, self.store, rows, pick_device(self.options.device))
 
 
 def run_evaluation(options: EvalOptions) -> Evaluated:
@@ -53,56 +74,91 @@ def run_evaluation(options: EvalOptions) -> Evaluated:
     Raises
     ------
     UsageError
-        The store lacks what is asked for.
+        The store lacks what is asked for, or the network has not learnt it.
     CheckpointError
         Damaged, or of another model.
     """
     checkpoint, run = _checkpoint(options)
     store = open_store(_store(options, run))
     model, facts = load_model(checkpoint, store.crop_shape)
-    target = f"is_{options.target}" if options.target else facts["config"].get("target", "is_nodule")
+    check_fits(checkpoint, facts["model_args"], store)
+    classes = tuple(facts["config"].get("classes", ()))
+    target = TARGETS[options.target] if options.target else facts["config"].get("target", "is_nodule")
+    if (target == SUBTYPE) != bool(classes):
+        learnt = facts["config"].get("target", "is_nodule")
+        message = (
+            f"--target {options.target}: {checkpoint} has learnt {learnt}. Leave --target out, or name another run"
+        )
+        raise UsageError(message)
     split = options.split or facts["config"].get("split", "series")
-    rows = select_rows(store.manifest, split, options.part, target)
-    probability = predict_rows(model, store, rows, pick_device(options.device))
-    chosen = store.manifest.iloc[rows]
-    result = evaluate(
-        chosen,
-        probability,
-        label=target,
-        annotations=read_annotations(options.annotations) if options.annotations else None,
-        excluded=read_annotations(options.excluded) if options.excluded else None,
-        series_uids=_series(store, split, options.part),
-        num_bootstrap=options.bootstrap,
-    )
+    judged = _Judged(options, store, model, split)
+    result = _of_classes(judged, classes) if classes else _of_two(judged, target)
     out = options.out or (run or Path()) / f"eval-{split.replace(':', '')}-{options.part}"
-    about = {
-        "checkpoint": checkpoint.name,
-        "run": run.name if run else "-",
-        "epoch": str(facts["progress"].get("best_epoch", -1) + 1) if facts["progress"] else "-",
-        "samples seen": f"{facts['progress'].get('samples', 0):,}" if facts["progress"] else "-",
-        "store": str(store.record["store_id"]),
-        "split": f"{split}, {options.part}",
-        "crops": f"{len(rows):,} of {chosen['series_uid'].nunique()} scans",
+    given: dict[str, Any] = {
+        "title": f"{run.name if run else checkpoint.name}: {options.part}",
+        "facts": _facts(judged, result.rows, (checkpoint, run), facts),
+        "curves": read_metrics(run) if run else None,
     }
-    if facts["store_id"] not in (None, store.record["store_id"]):
-        about["trained on"] = f"another store, {facts['store_id']}"
-    write_report(
-        result,
-        out,
-        title=f"{run.name if run else checkpoint.name}: {options.part}",
-        facts=about,
-        pictures=worst_pictures(result, store.crops),
-        curves=read_metrics(run) if run else None,
-    )
+    if isinstance(result, ClassEvaluation):
+        write_class_report(result, out, **given, pictures=wrong_pictures(result, store.crops))
+    else:
+        write_report(result, out, **given, pictures=worst_pictures(result, store.crops))
     return Evaluated(result, out)
 
 
+def _of_two(judged: _Judged, target: str) -> Evaluation:
+    options, store = judged.options, judged.store
+    rows = select_rows(store.manifest, judged.split, options.part, target)
+    return evaluate(
+        store.manifest.iloc[rows],
+        judged.predict(rows)[:, 1],
+        label=target,
+        annotations=read_annotations(options.annotations) if options.annotations else None,
+        excluded=read_annotations(options.excluded) if options.excluded else None,
+        series_uids=_series(store, judged.split, options.part),
+        num_bootstrap=options.bootstrap,
+    )
+
+
+def _of_classes(judged: _Judged, classes: tuple[str, ...]) -> ClassEvaluation:
+    options, store = judged.options, judged.store
+    for name in ("annotations", "excluded"):
+        if getattr(options, name) is not None:
+            message = f"--{name} is for the challenge's score, and there is none of a {SUBTYPE}. Leave it out"
+            raise UsageError(message)
+    rows, notes = rows_of_classes(store.manifest, judged.split, options.part, classes)
+    probability = judged.predict(rows)
+    return evaluate_classes(
+        store.manifest.iloc[rows], probability, classes, num_bootstrap=options.bootstrap, notes=notes
+    )
+
+
+def _facts(
+    judged: _Judged, rows: pd.DataFrame, places: tuple[Path, Path | None], facts: dict[str, Any]
+) -> dict[str, str]:
+    """Where a result comes from, for the report."""
+    checkpoint, run = places
+    progress, store_id = facts["progress"], str(judged.store.record["store_id"])
+    about = {
+        "checkpoint": checkpoint.name,
+        "run": run.name if run else "-",
+        "epoch": str(progress.get("best_epoch", -1) + 1) if progress else "-",
+        "samples seen": f"{progress.get('samples', 0):,}" if progress else "-",
+        "store": store_id,
+        "split": f"{judged.split}, {judged.options.part}",
+        "crops": f"{len(rows):,} of {rows['series_uid'].nunique()} scans",
+    }
+    if facts["store_id"] not in (None, store_id):
+        about["trained on"] = f"another store, {facts['store_id']}"
+    return about
+
+
 def predict_rows(model: torch.nn.Module, store: Store, rows: Rows, device: torch.device) -> Any:
-    """Probability of the positive class of each row, (n,) float64."""
+    """Probability of each class of each row, (n, classes) float64."""
     model = prepare_for(device, model)
     with CropLoader(open_crops(store), BATCH, device=device) as loader:
         batches = loader.batches(in_batches(rows, BATCH))
-        return predict(model, batches, device, amp_context("off", device))
+        return predict_classes(model, batches, device, amp_context("off", device))
 
 
 def _checkpoint(options: EvalOptions) -> tuple[Path, Path | None]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,6 +64,20 @@ class RunLog:
         for name, scores in (("negative", probability[labels == 0]), ("positive", probability[labels == 1])):
             if len(scores):
                 self._board.add_histogram(f"probability/{name}", scores, samples, bins=50)
+
+    def draw_class_scores(
+        self,
+        samples: int,
+        labels: npt.NDArray[np.int64],
+        probability: npt.NDArray[np.float64],
+        classes: Sequence[str],
+    ) -> None:
+        """Note of each class its precision-recall curve against the others, and what its crops are given for it."""
+        for number, name in enumerate(classes if self._board is not None else ()):
+            scores, is_own = probability[:, number], labels == number
+            self._board.add_pr_curve(f"pr/{name}", is_own, scores, samples)
+            if is_own.any():
+                self._board.add_histogram(f"probability/{name}", scores[is_own], samples, bins=50)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

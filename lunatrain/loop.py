@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -26,14 +27,16 @@ from lunatrain.distributed import Processes
 from lunatrain.errors import TrainingError
 from lunatrain.log import RunLog
 from lunatrain.sampling import EpochPlan
-from lunatrain.tasks.task import Batch, Loader, Task
+from lunatrain.tasks.task import LOSS, Batch, Loader, Task
 
 NAN_FILE = "nan_batch.json"
+PLATEAU_EPOCHS, PLATEAU_FACTOR = 3, 0.3
+"""Epochs without a better score after which the schedule "plateau" lowers the learning rate, and to what share."""
 
 
 @dataclass
 class Progress:
-    """Where a run is. `step` counts within the epoch; `sums` are those of the epoch so far."""
+    """Where a run is. `step` counts within the epoch; `sums` are those of the epoch so far; `best` is a score."""
 
     epoch: int = 0
     step: int = 0
@@ -42,6 +45,8 @@ class Progress:
     best_epoch: int = -1
     best_figures: dict[str, float] = field(default_factory=dict)
     """The validation of the best epoch."""
+    kept: list[tuple[float, int]] = field(default_factory=list)
+    """Scores and epochs whose weights have a file of their own, the best first."""
     sums: dict[str, float] = field(default_factory=dict)
 
 
@@ -61,6 +66,8 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     frozen: tuple[nn.Module, ...] = ()
     """Parts of the model that don't learn."""
+    notes: tuple[str, ...] = ()
+    """What a user should know before it starts, a line each."""
 
 
 class Trainer:
@@ -78,12 +85,7 @@ class Trainer:
             else None
         )
         self.optimizer = _optimizer(config, self.model)
-        total = config.epochs * len(run.plan)
-        self.schedule = (
-            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config.lr, total_steps=max(total, 2))
-            if config.schedule == "one-cycle"
-            else None
-        )
+        self.schedule = _schedule(config, self.optimizer, config.epochs * len(run.plan))
         self.amp = amp_context(config.amp, run.device)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=_amp_dtype(config.amp, run.device) == torch.float16)
         self.progress = Progress()
@@ -141,7 +143,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.schedule is not None:
+        if isinstance(self.schedule, OneCycleLR):
             self.schedule.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
@@ -201,6 +203,7 @@ def train(trainer: Trainer, log: RunLog | None, *, show_progress: bool = False) 
 def _end_epoch(trainer: Trainer, log: RunLog | None) -> None:
     """Validate, log, save; go on to the next epoch."""
     run, progress = trainer.run, trainer.progress
+    _require_finite(trainer)
     sums = run.processes.sum(progress.sums)
     mean_loss = sums["loss"] / max(1.0, sums["samples"])
     trained = {"loss": mean_loss, **run.task.summarize(sums), "data_wait_share": run.loader.wait_share}
@@ -209,18 +212,60 @@ def _end_epoch(trainer: Trainer, log: RunLog | None) -> None:
         log.write("train", progress.epoch, progress.samples, trained)
         log.write("val", progress.epoch, progress.samples, validation.figures)
         validation.draw(log, progress.samples)
-    score = validation.figures[run.task.score_name]
+    score = validation.figures[run.task.score_name] * (-1 if run.task.score_name == LOSS else 1)
+    if isinstance(trainer.schedule, ReduceLROnPlateau):
+        trainer.schedule.step(score)
     is_best = progress.best_epoch < 0 or score > progress.best
     if is_best:
         progress.best, progress.best_epoch = score, progress.epoch
         progress.best_figures = dict(validation.figures)
+    dropped = _rank(progress, score, run.config.keep_best)
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-    _save(trainer, LAST)
+    judged = {"model": trainer.judged.state_dict()}
     if is_best:
-        _save(trainer, BEST, {"model": trainer.judged.state_dict()})
+        _save(trainer, BEST, judged)
+    if any(epoch == progress.epoch - 1 for _, epoch in progress.kept):
+        _save(trainer, epoch_file(progress.epoch - 1), judged)
+    _save(trainer, LAST)  # last: a run stopped before this ends the epoch again
+    if run.processes.is_first:
+        for epoch in dropped:
+            (run.path / epoch_file(epoch)).unlink(missing_ok=True)
+
+
+def epoch_file(epoch: int) -> str:
+    """Name of the checkpoint of an epoch that is one of the best; `epoch` counts from 0, the name from 1."""
+    return f"epoch-{epoch + 1:03d}.pt"
+
+
+def _rank(progress: Progress, score: float, keep_best: int) -> list[int]:
+    """Take the epoch's score among those kept; return the epochs that fall out."""
+    if keep_best == 1:
+        return []
+    ranked = sorted([*progress.kept, (score, progress.epoch)], key=lambda item: (-item[0], item[1]))
+    progress.kept = ranked[:keep_best]
+    return [epoch for _, epoch in ranked[keep_best:]]
+
+
+def _require_finite(trainer: Trainer) -> None:
+    """Stop before weights that are no numbers are judged or saved; a gradient can spoil them after a good loss.
+
+    Raises
+    ------
+    TrainingError
+        Some are not.
+    """
+    for name, tensor in trainer.model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            place = f"epoch {trainer.progress.epoch}, step {trainer.progress.step}"
+            message = (
+                f"the weights {name} are no numbers any more at {place}; the checkpoint before this is kept. Try a "
+                "smaller --lr, or --amp off"
+            )
+            raise TrainingError(message)
 
 
 def _save(trainer: Trainer, name: str, changes: dict[str, Any] | None = None) -> None:
+    _require_finite(trainer)
     processes = trainer.run.processes
     sums = processes.sum(trainer.progress.sums)
     if processes.is_first:
@@ -253,7 +298,17 @@ def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(learning, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(learning, config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(learning, config.lr, weight_decay=config.weight_decay)
+
+
+def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler | None:
+    if config.schedule == "one-cycle":
+        return OneCycleLR(optimizer, config.lr, total_steps=max(total_steps, 2))
+    if config.schedule == "plateau":
+        return ReduceLROnPlateau(optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_EPOCHS)
+    return None
 
 
 def _seed_step(place: tuple[int, ...], device: torch.device) -> torch.Generator:

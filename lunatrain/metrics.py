@@ -141,20 +141,6 @@ class DiameterRow:
     recall: float
 
 
-@dataclass(frozen=True, eq=False)
-class MulticlassMetrics:
-    """Figures of a result with several classes.
-
-    `confusion` counts samples by label (rows) and prediction (columns); `precision` and `recall`, (num_classes,),
-    are NaN for a class that nothing was called, or that nothing is.
-    """
-
-    confusion: Ints
-    accuracy: float
-    precision: Floats
-    recall: Floats
-
-
 def rank_scores(is_positive: npt.ArrayLike, scores: npt.ArrayLike) -> Ranking:
     """Sort once, count from the top. Scores, (n,), may be any numbers."""
     positive, values = _checked(is_positive, scores)
@@ -298,26 +284,6 @@ def diameter_table(
             rows.append(_diameter_row(label, low, high, found[mask]))
     unknown = ~(diameters >= 0)
     return (*rows, _diameter_row("unknown", np.nan, np.nan, found[unknown]))
-
-
-def multiclass_metrics(labels: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> MulticlassMetrics:
-    """Confusion matrix and what is made of it; `labels` and `predicted` are class numbers from 0, (n,)."""
-    truth, called = np.asarray(labels), np.asarray(predicted)
-    _check_lengths(truth, called)
-    for name, array in (("label", truth), ("prediction", called)):
-        wrong = (array < 0) | (array >= num_classes) | (array != np.floor(array))
-        if wrong.any():
-            message = f"{name} {array[wrong][0]} at {np.flatnonzero(wrong)[0]}, expected a class 0 to {num_classes - 1}"
-            raise UsageError(message)
-    pairs = truth.astype(np.int64) * num_classes + called.astype(np.int64)
-    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-    right = confusion.diagonal()
-    return MulticlassMetrics(
-        confusion,
-        _ratio(int(right.sum()), truth.size),
-        _shares(right, confusion.sum(axis=0)),
-        _shares(right, confusion.sum(axis=1)),
-    )
 
 
 def without_nan(figures: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,17 @@ def overlay(image: Image, true: npt.NDArray[np.bool_], called: npt.NDArray[np.bo
     return out.round().astype(np.uint8)
 
 
+def frame(image: Image, box: Sequence[float], colour: tuple[int, int, int], width: int = 2) -> Image:
+    """Draw a box (x0, y0, x1, y1, fractions of the columns and rows) on an image (R, C, 3) uint8, not changed."""
+    out = image.copy()
+    rows, cols = image.shape[:2]
+    x0, y0, x1, y1 = (round(share * side) for share, side in zip(box, (cols, rows, cols, rows), strict=True))
+    out[max(0, y0) : y1, max(0, x0) : x1] = colour
+    inner = (slice(max(0, y0) + width, max(0, y1 - width)), slice(max(0, x0) + width, max(0, x1 - width)))
+    out[inner] = image[inner]
+    return out
+
+
 def tile(images: Sequence[Image], columns: int = 3, gap: int = 4) -> Image:
     """Put images in rows, on black; smaller ones in the corner of their place."""
     height, width = (max(image.shape[k] for image in images) + gap for k in (0, 1))

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.style import context as style_context
 
@@ -26,6 +27,8 @@ WINDOW_HU = (-1350.0, 150.0)
 
 DPI, MONTAGE_COLUMNS = 130, 6
 NUM_SCORE_BINS = 40
+SHARES_WRITTEN = 8
+"""Classes up to which a confusion matrix has room for shares."""
 FRAMES = ("#ffb000", "#56b4e9")  # positive, negative; as in lunaprep's pictures
 
 PANELS = {
@@ -38,7 +41,7 @@ PANELS = {
 }
 """Of training curves: what stands together in a panel. Figures of other tasks get a panel each, up to as many."""
 
-NOT_DRAWN = ("part", "epoch", "samples", "threshold", "data_wait_share")
+NOT_DRAWN = ("part", "epoch", "samples", "score", "threshold", "data_wait_share")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Theme:
 
 LIGHT = Theme("#ffffff", "#1f2328", "#656d76", "#d8dee4", "#0072b2", "#d55e00")
 DARK = Theme("#161b22", "#e6edf3", "#9198a1", "#30363d", "#56b4e9", "#ffb000")
+
+
+LINES = {
+    LIGHT: ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9"),
+    DARK: ("#56b4e9", "#ffb000", "#2bd4a8", "#f0a3d0", "#f0e442", "#ff7f50"),
+}
+"""Of curves beside each other; told apart with any colour vision, and by their dashes."""
+DASHES = ("-", "--", "-.", ":")
 
 
 def froc_picture(result: FrocResult, out: Path) -> None:
@@ -93,6 +104,47 @@ def precision_recall_png(
     _draw_threshold(axes, at, theme)
     axes.set(xlabel="recall", ylabel="precision")
     _finish_unit_square(axes, theme, "lower left", np.isnan(average))
+    return png_of(figure)
+
+
+@PLAIN_STYLE
+def class_roc_png(
+    curves: Sequence[RocCurve], aucs: npt.NDArray[np.float64], classes: Sequence[str], theme: Theme = LIGHT
+) -> bytes:
+    """Draw the ROC curve of each class against all others; those without one are left out."""
+    figure, axes = _figure(theme)
+    axes.plot([0, 1], [0, 1], color=theme.muted, lw=1, ls=":", label="chance")
+    colours = LINES[theme]
+    for k, (curve, auc, name) in enumerate(zip(curves, aucs, classes, strict=True)):
+        if not np.isnan(auc):
+            style: dict[str, Any] = {"color": colours[k % len(colours)], "ls": DASHES[k % len(DASHES)], "lw": 2}
+            label = _plain(f"{name[:16]}: AUC {auc:.3f}")
+            axes.plot(curve.false_positive_rate, curve.true_positive_rate, label=label, **style)
+    axes.set(xlabel="false positive rate", ylabel="recall")
+    _finish_unit_square(axes, theme, "lower right", bool(np.isnan(aucs).all()))
+    return png_of(figure)
+
+
+@PLAIN_STYLE
+def confusion_png(confusion: npt.NDArray[np.int64], classes: Sequence[str], theme: Theme = LIGHT) -> bytes:
+    """Draw how many of each class (rows) were called what (columns); the darker, the larger share of the row."""
+    figure, axes = _figure(theme)
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+    shades = LinearSegmentedColormap.from_list("shares", [theme.background, theme.first])
+    axes.imshow(shares, cmap=shades, vmin=0, vmax=1)
+    size = 11 if len(classes) <= SHARES_WRITTEN else 8
+    for (row, column), share in np.ndenumerate(shares):
+        written = f"\n{100 * share:.0f} %" if totals[row, 0] and len(classes) <= SHARES_WRITTEN else ""
+        colour = theme.background if share > 0.5 else theme.text
+        text = f"{confusion[row, column]:,}{written}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, size=size, linespacing=1.5)
+    names = [_plain(name[:16]) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) <= 4 else 45)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="called", ylabel="is")
+    _finish(axes, theme, None)
+    axes.grid(visible=False)
     return png_of(figure)
 
 
@@ -239,7 +291,8 @@ def _finish(axes: Axes, theme: Theme, legend: Any, is_undefined: bool = False) -
         axes.text(0.5, 0.5, "no curve: a class is empty", transform=axes.transAxes, **style)
         return
     style = {"facecolor": theme.background, "edgecolor": theme.grid, "labelcolor": theme.text}
-    axes.legend(**style, loc=legend)
+    if legend is not None:
+        axes.legend(**style, loc=legend)
 
 
 def _finish_unit_square(axes: Axes, theme: Theme, legend: str, is_undefined: bool) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lunaprep.store.reader import crop_centers
 from lunatrain import plots
 from lunatrain.evaluate import (
     FROM_CANDIDATES,
@@ -41,7 +42,6 @@ from lunatrain.page import (
 
 REPORT_FILE, PREDICTIONS_FILE, METRICS_FILE = "report.html", "predictions.csv", "metrics.json"
 NUM_WORST = 12
-STARTS = ("start_index", "start_row", "start_col")
 
 
 def write_report(
@@ -70,13 +70,19 @@ def write_report(
     curves : sequence of mapping, optional
         The lines of the run's metrics.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
     table = predictions_csv(evaluation.rows, evaluation.probability)
-    table.to_csv(out / PREDICTIONS_FILE, index=False, lineterminator="\n")
-    figures = json.dumps(evaluation.to_json(), indent=2, allow_nan=False)
-    (out / METRICS_FILE).write_text(figures + "\n", encoding="utf-8")
+    page_text = report_html(evaluation, title, facts, pictures or {}, curves or ())
+    return write_files(out, table, evaluation.to_json(), page_text)
+
+
+def write_files(out: Path, predictions: pd.DataFrame, figures: Mapping[str, Any], page_text: str) -> Path:
+    """Write predictions.csv, metrics.json and report.html into a folder; return the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    predictions.to_csv(out / PREDICTIONS_FILE, index=False, lineterminator="\n")
+    text = json.dumps(figures, indent=2, allow_nan=False)
+    (out / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
     path = out / REPORT_FILE
-    path.write_text(report_html(evaluation, title, facts, pictures or {}, curves or ()), encoding="utf-8")
+    path.write_text(page_text, encoding="utf-8")
     return path
 
 
@@ -90,7 +96,8 @@ def report_html(
     """The whole page; parameters as in `write_report`."""
     sections = (_cards, _trap, _notes, _froc_section, _curves_section, _diameter_section, _threshold_section)
     parts = [_heading(evaluation, title), *(make(evaluation) for make in sections), _calibration_section(evaluation)]
-    parts += [*(_picture_section(name, png) for name, png in pictures.items()), _worst_section(evaluation)]
+    film = "Axial slice through the candidate, lung window (−600 / 1500 HU). Below: candidate, p, series, diameter."
+    parts += [*(picture_section(name, png, film) for name, png in pictures.items()), _worst_section(evaluation)]
     if curves:
         plot = themed_plot(partial(plots.training_png, curves), "training curves")
         parts.append(section("Training", "Figures of each epoch, against the samples seen.", plot))
@@ -110,9 +117,9 @@ def worst_pictures(
     for heading, table in _worst(evaluation, num).items():
         if len(table):
             captions = [_caption(record) for record in table.to_dict("records")]
-            centers = table[["index", "row", "col"]].to_numpy() - table[list(STARTS)].to_numpy()
             crops = read_crops(table.index.to_numpy(dtype=np.int64))
-            pictures[heading] = plots.montage_png(crops, captions, list(table[evaluation.label].astype(bool)), centers)
+            labels = list(table[evaluation.label].astype(bool))
+            pictures[heading] = plots.montage_png(crops, captions, labels, crop_centers(table))
     return pictures
 
 
@@ -253,9 +260,9 @@ def _calibration_section(evaluation: Evaluation) -> str:
     return section("Calibration", text, f'<div class="pair">{bins}{scores}</div><div class="panel">{table}</div>')
 
 
-def _picture_section(heading: str, png: bytes) -> str:
+def picture_section(heading: str, png: bytes, text: str) -> str:
+    """A picture on dark under its heading."""
     image = f'<img alt="{escape(heading)}" src="{data_url(png)}">'
-    text = "Axial slice through the candidate, lung window (−600 / 1500 HU). Below: candidate, p, series, diameter."
     return section(heading, text, f'<figure class="panel film">{image}</figure>')
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lunatrain.config import SUBTYPE
 from lunatrain.errors import UsageError
 
 Rows = npt.NDArray[np.int64]
@@ -243,7 +244,8 @@ class EpochPlan:
     rank, world_size : int
         This process, and how many there are.
     drop_last : bool
-        Leave out a short last batch (never the only one). Kept, it may be empty for some ranks.
+        Leave out a short last batch. If it is the only one, it is cut so that each rank has as many samples: only then
+        is the mean of the ranks' gradients that of the batch. Kept, a short batch may be empty for some ranks.
     """
 
     sampler: Sampler
@@ -262,6 +264,13 @@ class EpochPlan:
             )
             raise UsageError(message)
 
+        if self.drop_last and len(self.sampler) < self.world_size:
+            message = (
+                f"an epoch of {len(self.sampler)} samples has none for some of {self.world_size} processes. Take fewer "
+                "processes, or more --samples"
+            )
+            raise UsageError(message)
+
     def __len__(self) -> int:
         """Steps of an epoch, the same for each rank."""
         whole, rest = divmod(len(self.sampler), self.batch_size)
@@ -275,6 +284,8 @@ class EpochPlan:
     def batches(self, epoch: int, step: int = 0) -> Iterator[Rows]:
         """Rows of each step of an epoch, from `step` on: this rank's."""
         order = self.sampler.order(epoch)
+        if self.drop_last and len(order) < self.batch_size:
+            order = order[: len(order) // self.world_size * self.world_size]
         for start in range(step * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield np.ascontiguousarray(order[start : start + self.batch_size][self.rank :: self.world_size])
 
@@ -295,8 +306,8 @@ def _is_val(manifest: pd.DataFrame, split: str) -> npt.NDArray[np.bool_]:
 
 
 def _column(manifest: pd.DataFrame, label: str) -> "pd.Series[bool]":
-    if label not in manifest or not label.startswith("is_"):
-        known = ", ".join(str(name) for name in manifest if str(name).startswith("is_"))
+    if label not in manifest or not (label.startswith("is_") or label == SUBTYPE):
+        known = ", ".join(str(name) for name in manifest if str(name).startswith("is_") or name == SUBTYPE)
         message = f"the store has no label {label!r}, only {known}"
         raise UsageError(message)
     return manifest[label]

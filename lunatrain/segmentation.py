@@ -11,6 +11,7 @@ from torch import nn
 from lunaprep.store.reader import Store, open_store
 from lunatrain.augment import Augmentation
 from lunatrain.checkpoint import Loaded, load_checkpoint
+from lunatrain.config import config_from_json
 from lunatrain.dense import HU_WINDOW
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.images import ImageFolder, ImageLoader, read_images
@@ -19,7 +20,7 @@ from lunatrain.losses import class_loss, pick_loss
 from lunatrain.models.book_state import load_book_state
 from lunatrain.models.unet import build_segmenter
 from lunatrain.sampling import EpochPlan, Rows, Sampler, Shuffled, balanced, row_labels, select_rows
-from lunatrain.segmentation_config import SegConfig, seg_config_from_json
+from lunatrain.segmentation_config import SegConfig
 from lunatrain.slabs import SlabLoader, ValSlices, held_out_slabs, held_out_volumes, open_slabs
 from lunatrain.tasks.segment import Segment
 from lunatrain.tasks.segment_images import SegmentImages
@@ -66,7 +67,7 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
 
     def reopen(loaded: Loaded) -> Trainer:
         _args_of(loaded)
-        return open_training(options, seg_config_from_json(loaded.state["config"]))
+        return open_training(options, config_from_json(loaded.state["config"], SegConfig))
 
     return resume_with(options, reopen)
 
@@ -119,8 +120,8 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _args_of(loaded: Loaded) -> dict[str, Any]:
     args = loaded.state["model_args"]
-    if "kind" not in args:
-        message = f"{loaded.path} holds a classifier {args['name']!r}, no segmentation. Name a run of 'lunatrain seg'"
+    if args.get("kind") not in (SLICES, IMAGES):
+        message = f"{loaded.path} holds {args['name']!r}, no segmentation. Name a run of 'lunatrain seg'"
         raise CheckpointError(message)
     return dict(args)
 

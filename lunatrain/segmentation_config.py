@@ -1,7 +1,6 @@
 """What a segmentation run is asked to do: `TrainConfig` with other defaults, and a few settings of its own."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from lunatrain.config import TrainConfig
 from lunatrain.errors import UsageError
@@ -76,20 +75,3 @@ SEG_PRESETS = {
     )
 }
 """The book's settings, chapter 13. (Its offset has no effect by a slip, and its batches share one transform.)"""
-
-
-def seg_config_from_json(value: dict[str, Any]) -> SegConfig:
-    """Return the settings that `SegConfig.to_json` gave.
-
-    Raises
-    ------
-    UsageError
-        A setting this version does not know.
-    """
-    strange = sorted(set(value) - {item.name for item in fields(SegConfig)})
-    if strange:
-        message = (
-            f"the run has a setting {strange[0]!r} that this lunatrain does not know; use the version that made it"
-        )
-        raise UsageError(message)
-    return SegConfig(**value)

@@ -31,7 +31,12 @@ IMAGE_PANELS = {
 
 @PLAIN_STYLE
 def predictions_png(
-    images: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], *, has_key: bool = True, columns: int = COLUMNS
+    images: Sequence[npt.NDArray[np.uint8]],
+    captions: Sequence[str],
+    *,
+    has_key: bool = True,
+    columns: int = COLUMNS,
+    key: Sequence[tuple[str, tuple[int, int, int]]] = KEY,
 ) -> bytes:
     """Draw overlays (R, C, 3) side by side, a caption above each, what the colours mean below."""
     columns = min(columns, len(images))
@@ -44,9 +49,9 @@ def predictions_png(
         axes.set_title(caption, size=9, color=DARK.text)
         axes.spines[:].set_color(DARK.grid)
     if has_key:
-        patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=name) for name, colour in KEY]
+        patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=name) for name, colour in key]
         style: dict[str, Any] = {"facecolor": DARK.background, "edgecolor": DARK.grid, "labelcolor": DARK.text}
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(KEY), fontsize=9, **style)
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(key), fontsize=9, **style)
     return png_of(figure)
 
 

@@ -4,43 +4,33 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from lunaprep.store.reader import Store, open_store
+from lunaprep.store.reader import open_store
 from lunatrain.augment import Augmentation
 from lunatrain.checkpoint import BEST, LAST, Loaded, load_checkpoint, load_newest
 from lunatrain.config import TrainConfig, config_from_json
+from lunatrain.crop_kind import kind_of_store
 from lunatrain.data import CropLoader
 from lunatrain.distributed import Processes
 from lunatrain.errors import CheckpointError, UsageError
+from lunatrain.labelled import find_examples, order_of
 from lunatrain.loop import Run, Trainer
 from lunatrain.mapping import Io, open_crops
 from lunatrain.models import build_model, freeze_all_but, load_book_state, prepare_for
-from lunatrain.sampling import (
-    EpochPlan,
-    Mixed,
-    Rows,
-    Sampler,
-    ShardShuffled,
-    Shuffled,
-    balanced,
-    row_labels,
-    select_rows,
-)
+from lunatrain.sampling import EpochPlan
 from lunatrain.tasks.classify import Classify
+from lunatrain.tasks.classify_many import ClassifyMany
 
 RUNS = Path("runs")
 RUN_FILE = "run.json"
 CLASSIFIERS = ("cls", "mal")
 """Tasks whose runs `lunatrain eval` can evaluate."""
 VAL_BATCH = 256
-UNKNOWN, OTHER = -1, -2
 
 
 @dataclass(frozen=True)
@@ -53,6 +43,8 @@ class TrainOptions:
     init: Path | None = None
     io: Io = "auto"
     processes: Processes = field(default_factory=Processes)
+    slices: Path | None = None
+    """Folder of the DICOM slices, where `store` is a table of boxes."""
 
 
 def new_run(name: str) -> Path:
@@ -119,10 +111,20 @@ def store_of(run: Path) -> Path:
         raise UsageError(message) from error
 
 
+def slices_of(run: Path) -> Path | None:
+    """The folder of slices a run was trained on, where its run.json names one."""
+    try:
+        return Path(json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["slices"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def note_store(options: TrainOptions) -> None:
     """Write into the run's folder where its store is."""
     options.run.mkdir(parents=True, exist_ok=True)
     store = {"store": str(options.store.resolve())}
+    if options.slices is not None:
+        store["slices"] = str(options.slices.resolve())
     (options.run / RUN_FILE).write_text(json.dumps(store, indent=2) + "\n", encoding="utf-8")
 
 
@@ -158,23 +160,27 @@ def open_training(options: TrainOptions, config: TrainConfig) -> Trainer:
     store = open_store(options.store)
     processes = options.processes
     device = pick_device(options.device)
-    rows, val_rows, labels = _rows_and_labels(store, config)
-    _check_classes(labels, rows, val_rows, config)
-    sampler = _sampler(store, rows, labels, config)
+    examples = find_examples(store, config)
+    config = replace(config, classes=examples.classes)
+    sampler = order_of(store, examples, config)
     plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size, not processes.is_alone)
     torch.manual_seed(config.seed)
-    args = {"name": config.model, "num_classes": 2, "crop_shape": list(store.crop_shape)}
-    model = processes.share_statistics(prepare_for(device, build_model(config.model, 2, store.crop_shape)), device)
-    if options.init is not None:
-        load_weights(model, options.init, config.model)
+    num_classes = len(config.classes) or 2
+    args = {"name": config.model, "num_classes": num_classes, "crop_shape": list(store.crop_shape)}
+    args["crops"] = kind_of_store(store).to_json()
+    model = _network(config, num_classes, store.crop_shape, options.init)
+    model = processes.share_statistics(prepare_for(device, model), device)
     frozen = freeze_all_but(model, config.finetune)
     crops = open_crops(store, options.io)
     loader = CropLoader(crops, plan.rank_batch_size, device=device)
     val_loader = CropLoader(crops, max(VAL_BATCH, config.batch_size), device=device)
     augmentation = Augmentation.parse(config.augment)
-    task = Classify(labels, augmentation, config.label_smoothing, val_rows, val_loader, processes)
+    given = (examples.labels, augmentation, config.label_smoothing, examples.val_rows, val_loader, processes)
+    task = ClassifyMany(*given, config.classes) if config.classes else Classify(*given)
     store_id = store.record["store_id"]
-    return Trainer(Run(options.run, config, device, task, model, plan, loader, store_id, args, processes, frozen))
+    return Trainer(
+        Run(options.run, config, device, task, model, plan, loader, store_id, args, processes, frozen, examples.notes)
+    )
 
 
 def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
@@ -188,7 +194,7 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
 
     def reopen(loaded: Loaded) -> Trainer:
         _classifier_args(loaded.path, loaded.state)
-        return open_training(options, config_from_json(loaded.state["config"]))
+        return open_training(options, config_from_json(loaded.state["config"], TrainConfig))
 
     return resume_with(options, reopen)
 
@@ -214,6 +220,30 @@ def resume_with(options: TrainOptions, reopen: Callable[[Loaded], Trainer]) -> t
         raise CheckpointError(message)
     trainer.load(loaded.state)
     return trainer, loaded
+
+
+def _network(
+    config: TrainConfig, num_classes: int, crop_shape: tuple[int, int, int], init: Path | None
+) -> torch.nn.Module:
+    """A fresh network, or one with a checkpoint's weights: of the last layer only where the classes are the same."""
+    model = build_model(config.model, num_classes, crop_shape)
+    if init is None:
+        return model
+    held = _classes_of(init)
+    if held == config.classes:
+        load_weights(model, init, config.model)
+        return model
+    donor = build_model(config.model, len(held) or 2, crop_shape)
+    load_weights(donor, init, config.model)
+    donor.head_linear = model.head_linear
+    return donor
+
+
+def _classes_of(checkpoint: Path) -> tuple[str, ...]:
+    """Names of the classes that a checkpoint tells apart; none where its label is true or false."""
+    if checkpoint.suffix == ".state":
+        return ()
+    return tuple(load_checkpoint(checkpoint).state["config"].get("classes", ()))
 
 
 def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
@@ -244,20 +274,23 @@ def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
 def _classifier_args(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     args: dict[str, Any] = state["model_args"]
     if "crop_shape" not in args:
-        message = f"{path} is no classifier but a segmentation. Name a run of 'lunatrain cls' or 'mal'"
+        held = "gives lung boxes" if args.get("kind") == "boxes" else "is a segmentation"
+        message = f"{path} is no classifier, it {held}. Name a run of 'lunatrain cls' or 'mal'"
         raise CheckpointError(message)
     return args
 
 
 def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The model of a checkpoint, ready to predict, and the checkpoint's facts (config, epoch, samples, store_id).
+    """The model of a checkpoint, ready to predict, and the checkpoint's facts.
+
+    These are its config, progress, store_id and model_args.
 
     A .state file of the book is taken for its LunaModel.
     """
     if path.suffix == ".state":
         model = build_model("luna", 2, crop_shape)
         load_book_state(path, model)
-        return model, {"config": {}, "progress": {}, "store_id": None}
+        return model, {"config": {}, "progress": {}, "store_id": None, "model_args": {}}
     state = load_checkpoint(path).state
     args = _classifier_args(path, state)
     if tuple(args["crop_shape"]) != crop_shape:
@@ -267,47 +300,4 @@ def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.M
         raise CheckpointError(message)
     model = build_model(args["name"], args["num_classes"], crop_shape)
     model.load_state_dict(state["model"])
-    return model, {key: state[key] for key in ("config", "progress", "store_id")}
-
-
-def _rows_and_labels(store: Store, config: TrainConfig) -> tuple[Rows, Rows, npt.NDArray[np.int64]]:
-    """Rows to train on and to be judged on, and a label for each row of the manifest that is one of them."""
-    rows = select_rows(store.manifest, config.split, "train", config.target)
-    val_rows = select_rows(store.manifest, config.split, "val", config.target)
-    labels = np.full(len(store), UNKNOWN, dtype=np.int64)
-    for known in (rows, val_rows):
-        labels[known] = row_labels(store.manifest, known, config.target)
-    if config.with_others:
-        train = select_rows(store.manifest, config.split, "train")
-        others = train[(labels[train] == UNKNOWN) & ~store.manifest["is_nodule"].to_numpy(dtype=np.bool_)[train]]
-        labels[others] = OTHER
-        rows = np.sort(np.concatenate([rows, others]))
-    return rows, val_rows, labels
-
-
-def _check_classes(labels: Any, rows: Rows, val_rows: Rows, config: TrainConfig) -> None:
-    for part, members in (("train", rows), ("val", val_rows)):
-        for value, word in ((1, "true"), (0, "false")):
-            if not (labels[members] == value).any():
-                message = (
-                    f"no {part} crop of split {config.split} has {config.target} {word}, so nothing can be learnt or "
-                    "judged. Take another split, or more scans"
-                )
-                raise UsageError(message)
-
-
-def _sampler(store: Store, rows: Rows, labels: npt.NDArray[np.int64], config: TrainConfig) -> Sampler:
-    """The order of the rows; turns the label of others into that of a negative."""
-    groups = tuple(rows[labels[rows] == value] for value in (1, 0, OTHER))
-    labels[labels == OTHER] = 0
-    count = config.samples or len(rows)
-    if config.ratio and len(groups[2]):
-        negatives = [1, 2] * config.ratio  # of two turns
-        pattern = (0, *negatives[: config.ratio], 0, *negatives[config.ratio :])
-        return Mixed(groups, pattern, config.seed, count)
-    if config.ratio:
-        return balanced(groups[0], groups[1], config.seed, count, config.ratio)
-    if config.shuffle == "shards":
-        shards = tuple(shard.rows for shard in store.shards)
-        return ShardShuffled(rows, config.seed, config.samples or None, shards)
-    return Shuffled(rows, config.seed, config.samples or None)
+    return model, {key: state[key] for key in ("config", "progress", "store_id", "model_args")}

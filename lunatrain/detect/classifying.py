@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lunaprep.crops import cut_crop, window_starts
+from lunaprep.crops import Triple, cut_crop, resample_crop, sample_starts, step_of, window_starts
 from lunatrain.checkpoint import load_checkpoint
+from lunatrain.crop_kind import CropKind, kind_of_model
 from lunatrain.detect.reading import HU_RANGE
 from lunatrain.errors import UsageError
 from lunatrain.models import prepare_for
@@ -21,16 +22,16 @@ LEAST_ODDS = 1e-6
 BATCH = 16
 """Crops at a time: 5 MB of voxels, and what a network makes of them."""
 
-BOOK_CROP = (32, 48, 48)
+BOOK_CROP = CropKind((32, 48, 48))
 """Crops of the book's .state files, which do not say."""
 
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A network for crops: its checkpoint, slices, rows and columns of a crop, and the label it has learnt."""
+    """A network for crops: how these are cut, its checkpoint, and the label it has learnt."""
 
     model: nn.Module
-    crop_shape: tuple[int, int, int]
+    crops: CropKind
     path: Path
     target: str
 
@@ -41,47 +42,73 @@ def load_classifier(place: Path, device: torch.device) -> Classifier:
     Raises
     ------
     UsageError, CheckpointError
-        Not there, damaged, or no classifier.
+        Not there, damaged, no classifier, or one of HU that the detector does not keep.
     """
     path = best_of(place)
-    shape = BOOK_CROP if path.suffix == ".state" else _crop_shape(path)
-    model, facts = load_model(path, shape)
-    return Classifier(prepare_for(device, model).eval(), shape, path, facts["config"].get("target", "is_nodule"))
+    kind = BOOK_CROP if path.suffix == ".state" else _crop_kind(path)
+    (low, high), (lowest, highest) = kind.hu, HU_RANGE
+    if low < lowest or high > highest:
+        message = (
+            f"{path} was trained on HU {low} to {high}, the detector keeps {lowest} to {highest} only. "
+            f"Train it on a store built with --hu {lowest} {highest}, or a narrower window"
+        )
+        raise UsageError(message)
+    model, facts = load_model(path, kind.shape)
+    if facts["config"].get("classes"):
+        kinds = ", ".join(facts["config"]["classes"])
+        message = f"{path} tells {kinds} apart, and no nodule from anything else. Give a run of another --target"
+        raise UsageError(message)
+    return Classifier(prepare_for(device, model).eval(), kind, path, facts["config"].get("target", "is_nodule"))
 
 
 def cut_crops(
-    hu: npt.NDArray[np.int16], centers_irc: npt.ArrayLike, crop_shape: tuple[int, int, int]
-) -> npt.NDArray[np.int16]:
-    """Crops around voxels as a store has them: moved inwards at a border, the lower HU where the scan is too small.
+    hu: npt.NDArray[np.int16], centers_irc: npt.ArrayLike, kind: CropKind, spacing_irc: Triple
+) -> npt.NDArray[Any]:
+    """Crops around places of a scan, as the store has them that the classifier has learnt from.
 
     Parameters
     ----------
     hu : ndarray, (slices, rows, columns)
+        Clipped to the window of `kind`.
     centers_irc : array_like, (n, 3)
-        Continuous array index; rounded, halves to even.
-    crop_shape : tuple of 3 int
+        Continuous array index; rounded, halves to even, where crops are not resampled.
+    kind : CropKind
+    spacing_irc : tuple of 3 float
+        Of the scan, mm to a slice, row, column.
 
     Returns
     -------
-    ndarray, (n, 1, *crop_shape) int16
+    ndarray, (n, 1, *kind.shape) int16, or float32 where they are resampled
     """
-    centers = np.rint(np.asarray(centers_irc, dtype=np.float64).reshape(-1, 3)).astype(np.int64)
+    centers = np.asarray(centers_irc, dtype=np.float64).reshape(-1, 3)
     depth, rows, columns = hu.shape
-    crops = np.empty((len(centers), 1, *crop_shape), dtype=np.int16)
-    for crop, (i, r, c) in zip(crops, window_starts(centers, (depth, rows, columns), crop_shape, "shift"), strict=True):
-        cut_crop(hu, 0, (int(i), int(r), int(c)), crop[0], HU_RANGE[0])
+    fill, size = kind.hu[0], (len(centers), 1, *kind.shape)
+    crops: npt.NDArray[Any]
+    if kind.spacing is not None:
+        crops, step = np.empty(size, dtype=np.float32), step_of(kind.spacing, spacing_irc)
+        starts = sample_starts(centers, (depth, rows, columns), kind.shape, step, kind.edge)
+        for crop, (z, y, x) in zip(crops, starts.tolist(), strict=True):
+            resample_crop(hu, 0, depth, (z, y, x), step, crop[0], fill)
+        return crops
+    crops, voxels = np.empty(size, dtype=np.int16), np.rint(centers).astype(np.int64)
+    for crop, (i, r, c) in zip(
+        crops, window_starts(voxels, (depth, rows, columns), kind.shape, kind.edge).tolist(), strict=True
+    ):
+        cut_crop(hu, 0, (i, r, c), crop[0], fill)
     return crops
 
 
 @torch.inference_mode()
 def classify(
-    classifier: Classifier, hu: npt.NDArray[np.int16], centers_irc: npt.NDArray[np.float64]
+    classifier: Classifier, hu: npt.NDArray[np.int16], centers_irc: npt.NDArray[np.float64], spacing_irc: Triple
 ) -> npt.NDArray[np.float64]:
     """Probability of class 1 for a candidate at each place, (n,) float64; parameters as of `cut_crops`."""
-    device = next(classifier.model.parameters()).device
+    device, kind = next(classifier.model.parameters()).device, classifier.crops
+    if kind.hu != HU_RANGE:
+        hu = np.clip(hu, *kind.hu)
     parts = [np.empty(0)]
     for start in range(0, len(centers_irc), BATCH):
-        crops = torch.from_numpy(cut_crops(hu, centers_irc[start : start + BATCH], classifier.crop_shape))
+        crops = torch.from_numpy(cut_crops(hu, centers_irc[start : start + BATCH], kind, spacing_irc))
         logits = classifier.model(crops.to(device).float().contiguous(memory_format=torch.channels_last_3d))
         parts.append(torch.softmax(logits.float(), dim=1)[:, 1].double().cpu().numpy())
     return np.concatenate(parts)
@@ -107,11 +134,10 @@ def joint_probability(
     return np.asarray(1 / (1 + np.exp(-(odds[0] + odds[1]) / 2)))
 
 
-def _crop_shape(path: Path) -> tuple[int, int, int]:
-    state: dict[str, Any] = load_checkpoint(path).state
-    shape = state["model_args"].get("crop_shape")
+def _crop_kind(path: Path) -> CropKind:
+    args: dict[str, Any] = load_checkpoint(path).state["model_args"]
+    shape = args.get("crop_shape")
     if shape is None or len(shape) != 3:
-        message = f"{path} is no classifier of crops: it holds {state['model_args'].get('name', 'another model')!r}. "
+        message = f"{path} is no classifier of crops: it holds {args.get('name', 'another model')!r}. "
         raise UsageError(message + "Give a run of 'lunatrain cls' or 'mal'")
-    slices, rows, columns = shape
-    return int(slices), int(rows), int(columns)
+    return kind_of_model(args)

@@ -53,6 +53,8 @@ class ScanResult:
     notes : tuple of str
     patient_score : float
         See `patient_score`.
+    searched_box : dict or None
+        What the search was bounded to, where it was; see `lunatrain.detect.bounding`.
     """
 
     series_uid: str
@@ -66,6 +68,7 @@ class ScanResult:
     stages_s: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     patient_score: float = math.nan
+    searched_box: Mapping[str, Any] | None = None
 
     @property
     def findings(self) -> pd.DataFrame:
@@ -86,6 +89,7 @@ class ScanResult:
             "shape_irc": list(self.shape_irc),
             "spacing": list(self.spacing),
             "lung_ml": _plain(self.lung_ml),
+            "searched_box": dict(self.searched_box) if self.searched_box else None,
             "grouping": asdict(self.counts) if self.counts else None,
             "stages_s": {name: round(value, 4) for name, value in self.stages_s.items()},
             "notes": list(self.notes),

@@ -1,5 +1,6 @@
 """The detector: each scan through all its stages, one scan in memory at a time; then tables, page and score."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lunaprep.errors import ScanError
 from lunaprep.lungs import lung_mask
 from lunatrain import __version__
 from lunatrain.dense import channels_of
+from lunatrain.detect.bounding import MARGIN_MM, Bounding, Bounds, load_bounding
 from lunatrain.detect.classifying import Classifier, classify, joint_probability, load_classifier
 from lunatrain.detect.findings import (
     DIAMETER_NOTE,
@@ -31,7 +33,7 @@ from lunatrain.detect.findings_page import PICTURED_FINDINGS, PICTURED_SCANS, Sc
 from lunatrain.detect.grouping import Candidates, GroupingOptions, group
 from lunatrain.detect.harvest import Harvest, write_harvest
 from lunatrain.detect.pictures import View, finding_pictures, montage
-from lunatrain.detect.reading import HU_RANGE, Input, Volume, find_inputs, open_input, read_volume
+from lunatrain.detect.reading import Input, Volume, find_inputs, open_input, read_volume
 from lunatrain.detect.segmenting import LUNG_MARGIN_MM, FindLungs, Lungs, find_lungs, segment
 from lunatrain.detect.truth import FATES, Truth, hold_against, nodule_fates
 from lunatrain.errors import UsageError
@@ -51,6 +53,8 @@ class DetectOptions:
     seg: Path | None = None
     cls: Path | None = None
     mal: Path | None = None
+    loc: tuple[Path, ...] = ()
+    loc_margin: float = MARGIN_MM
     out: Path | None = None
     threshold: float = 0.5
     seg_threshold: float | None = None
@@ -80,6 +84,8 @@ class Detector:
         Nodule probability from which on a candidate is a finding.
     lungs : callable
         Finds the lungs: `lunaprep.lungs.lung_mask`.
+    bounding : Bounding or None
+        Bounds the search by a box around the lungs.
     facts : dict of str to str
         Where the networks come from, for the report.
     """
@@ -90,6 +96,7 @@ class Detector:
     grouping: GroupingOptions = field(default_factory=GroupingOptions)
     threshold: float = 0.5
     lungs: FindLungs = lung_mask
+    bounding: Bounding | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -190,12 +197,16 @@ def load_detector(options: DetectOptions) -> Detector:
         "classification": f"{classifier.path}, threshold {options.threshold:g}",
         "malignancy": str(malignancy.path) if malignancy else "-",
     }
+    bounding = load_bounding(options.loc, options.loc_margin, device)
+    if bounding is not None:
+        about["lung box"] = str(bounding)
     return Detector(
         segmenter.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         classifier,
         malignancy,
         GroupingOptions(threshold=threshold, limit=options.max_candidates),
         options.threshold,
+        bounding=bounding,
         facts=about,
     )
 
@@ -291,6 +302,10 @@ def _search_one(
     hu, geometry = volume.hu, scan.geometry
     with _timed(stages, "lungs"):
         lungs = find_lungs(scan, hu, detector.lungs)
+    bounds: Bounds | None = None
+    if detector.bounding is not None:
+        with _timed(stages, "bound"):
+            lungs, bounds = detector.bounding.bound(hu, geometry, lungs)
     bar.total += len(lungs.near)
     with _timed(stages, "segment"):
         probability = segment(detector.segmenter, hu, lungs, bar.update)
@@ -298,12 +313,12 @@ def _search_one(
         box = hu[lungs.box] if detector.grouping.weight in ("intensity", "both") else None
         candidates = group(probability, geometry.spacing_irc, detector.grouping, lungs.near, box, lungs.start_irc)
     with _timed(stages, "classify"):
-        classified = classify(detector.classifier, hu, candidates.center_irc)
+        classified = classify(detector.classifier, hu, candidates.center_irc, geometry.spacing_irc)
     nodule = joint_probability(classified, candidates.score)
     table = candidate_table(scan.series_uid, candidates, geometry, nodule, detector.threshold, classified)
     if detector.malignancy is not None:
         with _timed(stages, "malignancy"):
-            table = _with_malignancy(table, detector.malignancy, hu, candidates)
+            table = _with_malignancy(table, detector.malignancy, hu, candidates, geometry.spacing_irc)
     fates = None
     if annotations is not None:
         of_scan = annotations[annotations["series_uid"] == scan.series_uid]
@@ -321,17 +336,26 @@ def _search_one(
         lung_ml=lungs.volume_ml,
         counts=candidates.counts,
         stages_s=stages,
-        notes=(*volume.notes, *lungs.notes, *_notes(volume, detector, candidates)),
+        notes=(*volume.notes, *lungs.notes, *([bounds.note] if bounds else []), *_notes(volume, detector, candidates)),
+        searched_box=bounds.to_json() if bounds else None,
         patient_score=patient_score(table, detector.malignancy is not None),
     )
     return _Searched(result, drawn, fates)
 
 
-def _with_malignancy(table: pd.DataFrame, malignancy: Classifier, hu: Any, candidates: Candidates) -> pd.DataFrame:
+def _with_malignancy(
+    table: pd.DataFrame,
+    malignancy: Classifier,
+    hu: Any,
+    candidates: Candidates,
+    spacing_irc: tuple[float, float, float],
+) -> pd.DataFrame:
     """Judge the findings; what is no nodule is neither malignant nor benign, and stays NaN."""
     rows = table.index[table["is_finding"]].to_numpy()
     values = np.full(len(table), np.nan)
-    values[table["is_finding"].to_numpy(dtype=bool)] = classify(malignancy, hu, candidates.center_irc[rows])
+    values[table["is_finding"].to_numpy(dtype=bool)] = classify(
+        malignancy, hu, candidates.center_irc[rows], spacing_irc
+    )
     return table.assign(malignancy=values)
 
 
@@ -350,9 +374,10 @@ def _draw(volume: Volume, lungs: Lungs, candidates: Candidates, table: pd.DataFr
 
 def _notes(volume: Volume, detector: Detector, candidates: Candidates) -> Iterator[str]:
     """What a reader of this scan's findings must know."""
-    depth, needed = volume.hu.shape[0], detector.classifier.crop_shape[0]
+    crops, depth, fill = detector.classifier.crops, volume.hu.shape[0], detector.classifier.crops.hu[0]
+    step = crops.spacing[0] / volume.scan.geometry.spacing_irc[0] if crops.spacing else 1.0
+    needed = math.ceil(crops.shape[0] * step - 1e-6)
     if depth < needed:
-        fill = HU_RANGE[0]
         yield f"the scan has {depth} slices, the classifier looks at {needed}: the rest was filled with {fill} HU"
     if candidates.counts.beyond_limit:
         yield (

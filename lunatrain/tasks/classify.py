@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ class Classify:
     augmentation : Augmentation
         What is done to training crops.
     label_smoothing : float
-        Share of the target given to the other class, in training.
+        Share of the target that is spread over all classes, in training.
     val_rows : ndarray, (k,) int64
         Rows that a model is judged on.
     val_loader : CropLoader
@@ -44,10 +45,10 @@ class Classify:
     val_loader: CropLoader
     processes: Processes = field(default_factory=Processes)
 
-    score_name = "average_precision"
+    score_name: ClassVar[str] = "average_precision"
     """What the best checkpoint is chosen by: it moves where nodules are rare and accuracy stands still."""
 
-    shown = ("auc", "average_precision", "precision", "recall", "f1")
+    shown: ClassVar[tuple[str, ...]] = ("auc", "average_precision", "precision", "recall", "f1")
 
     def train_loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
@@ -55,7 +56,7 @@ class Classify:
         """Loss of a batch, and the logits (k, 2)."""
         crops = augment(batch.crops.float(), self.augmentation, generator)
         logits = model(crops)
-        target = self._target(batch, logits.device)
+        target = torch.from_numpy(self.labels[batch.rows]).to(logits.device)
         smoothing = self.label_smoothing
         return nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing), logits
 
@@ -97,20 +98,24 @@ class Classify:
 
         return Validation(figures, draw)
 
-    def _target(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(self.labels[batch.rows]).to(device)
-
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: Amp) -> npt.NDArray[np.float64]:
-    """Probability of class 1 for each crop, in the order of the batches, (n,) float64."""
+def predict_classes(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: Amp
+) -> npt.NDArray[np.float64]:
+    """Probability of each class for each crop, in the order of the batches, (n, classes) float64; (0, 0) of none."""
     model.eval()
     parts = []
     for batch in batches:
         with amp():
             logits = model(batch.crops.to(device).float())
-        parts.append(torch.softmax(logits.float(), dim=1)[:, 1].double().cpu().numpy())
-    return np.concatenate(parts) if parts else np.empty(0)
+        parts.append(torch.softmax(logits.float(), dim=1).double().cpu().numpy())
+    return np.concatenate(parts) if parts else np.empty((0, 0))
+
+
+def predict(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: Amp) -> npt.NDArray[np.float64]:
+    """Probability of class 1 for each crop, in the order of the batches, (n,) float64."""
+    return predict_classes(model, batches, device, amp).reshape(-1, 2)[:, 1].copy()
 
 
 def in_batches(rows: Rows, size: int) -> Iterator[Rows]:

@@ -11,6 +11,9 @@ from torch import nn
 from lunatrain.log import RunLog
 from lunatrain.sampling import Rows
 
+LOSS = "loss"
+"""The one score of which less is better."""
+
 Amp = Callable[[], AbstractContextManager[Any]]
 """What a model runs under: `lunatrain.loop.amp_context`."""
 
@@ -50,7 +53,7 @@ class Task(Protocol):
 
     @property
     def score_name(self) -> str:
-        """Figure of the validation by which the best checkpoint is chosen; the higher, the better."""
+        """Figure of the validation by which the best checkpoint is chosen: the higher, the better, but for `LOSS`."""
         ...
 
     @property

@@ -17,6 +17,17 @@ def small_store(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="session")
+def loc_store(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantom's store with volumes and targets, every third patient for validation."""
+    from lunaprep.build import BuildOptions, build
+    from lunaprep.parameters import Parameters
+
+    out = tmp_path_factory.mktemp("loc") / "store"
+    build(BuildOptions(phantom_root, out, workers=1), Parameters(val_stride=3))
+    return out
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors gain nothing from threads, and lose much where the cores are busy."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from lunaprep.geometry import Geometry
 from lunaprep.sources.phantom import header_text
+from lunatrain.crop_kind import CropKind
 from lunatrain.detect.classifying import Classifier
 
 CROP = (16, 24, 24)
@@ -48,7 +49,7 @@ class Bright(nn.Module):
 
 def bright(target: str = "is_nodule") -> Classifier:
     """`Bright` as the detector takes it."""
-    return Classifier(Bright().eval(), CROP, Path("bright"), target)
+    return Classifier(Bright().eval(), CropKind(CROP), Path("bright"), target)
 
 
 def write_scan(folder: Path, name: str, voxels: np.ndarray, spacing: float = 2.0) -> Path:

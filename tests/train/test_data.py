@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import resource
 import shutil
 import threading
 import time
@@ -326,3 +327,21 @@ def test_scale_hu(dtype: torch.dtype):
     torch.testing.assert_close(out, (hu.float() + 1000) / 1400 * 2 - 1)
     if dtype == torch.float32:
         torch.testing.assert_close(scale_hu(hu, out=hu), scaled)
+
+
+def test_pread_of_more_shards_than_files_may_be_open(tmp_path):
+    shards = []
+    for number in range(80):
+        path = tmp_path / f"{number}.h5"
+        path.write_bytes(np.full(2 * 512, number, dtype="<i2").tobytes())
+        shards.append(ShardFile(str(number), path, 0, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        with CropMap(shards, (8, 8, 8), np.dtype("int16"), "pread") as crops:
+            out = np.empty((2, 8, 8, 8), dtype=np.int16)
+            crops.gather(np.array([158, 5]), out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (out[0] == 79).all()
+    assert (out[1] == 2).all()

@@ -14,11 +14,15 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 
 import lunaprep
+from lunaprep.build import BuildOptions, build
 from lunaprep.candidates import read_candidates
 from lunaprep.geometry import Geometry
+from lunaprep.parameters import Parameters
+from lunatrain.checkpoint import save_checkpoint
 from lunatrain.cli import cli
+from lunatrain.crop_kind import CropKind, kind_of_model, kind_of_store
 from lunatrain.detect import pipeline, reading
-from lunatrain.detect.classifying import cut_crops
+from lunatrain.detect.classifying import Classifier, classify, cut_crops, load_classifier
 from lunatrain.detect.findings import ScanResult, candidate_table, patient_score
 from lunatrain.detect.findings_page import findings_page
 from lunatrain.detect.grouping import GroupingOptions, group
@@ -221,8 +225,57 @@ def test_crops_are_those_of_the_store(built_store, phantom_root):
     for path in sorted(phantom_root.rglob("*.mhd"))[:2]:
         mine = rows.index[rows["series_uid"] == path.stem].to_numpy()
         volume = read_volume(open_input(find_inputs([path])[0]), 7)
-        crops = cut_crops(volume.hu, rows.loc[mine, ["index", "row", "col"]].to_numpy(), store.crop_shape)
+        places = rows.loc[mine, ["index", "row", "col"]].to_numpy()
+        crops = cut_crops(volume.hu, places, kind_of_store(store), volume.scan.geometry.spacing_irc)
         assert (crops[:, 0] == store.crops(mine)).all()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.5, 0.8, 1.3)])
+@pytest.mark.parametrize(("edge", "hu"), [("shift", (-1000, 1000)), ("pad", (-900, 400))])
+def test_resampled_crops_are_those_of_the_store(phantom_root, tmp_path, spacing, edge, hu):
+    parameters = Parameters(crop_shape=(20, 24, 28), hu=hu, edge=edge, resample_mm=spacing)
+    build(BuildOptions(phantom_root, tmp_path / "s", workers=1, volumes=False, targets=False), parameters)
+    store = lunaprep.open_store(tmp_path / "s")
+    rows, kind = store.manifest, kind_of_store(store)
+    assert kind == CropKind((20, 24, 28), hu, edge, spacing)
+    assert kind_of_model({"crop_shape": [20, 24, 28], "crops": kind.to_json()}) == kind  # by way of a checkpoint
+    for path in sorted(phantom_root.rglob("*.mhd"))[:3]:  # the third is flipped
+        mine = rows.index[rows["series_uid"] == path.stem].to_numpy()
+        volume = read_volume(open_input(find_inputs([path])[0]), 7)
+        grid = volume.scan.geometry
+        places = grid.xyz_to_irc(rows.loc[mine, ["x_mm", "y_mm", "z_mm"]].to_numpy())
+        crops = cut_crops(np.clip(volume.hu, *hu), places, kind, grid.spacing_irc)
+        np.testing.assert_array_equal(crops[:, 0], store.crops(mine))
+
+
+def test_classify_clips_to_the_window_the_classifier_has_learnt_from():
+    class Watch(torch.nn.Module):
+        """Notes the extremes of what it is given."""
+
+        def __init__(self):
+            super().__init__()
+            self.seen, self.weight = [], torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, crops):
+            self.seen.append((float(crops.min()), float(crops.max())))
+            return torch.zeros((len(crops), 2))
+
+    hu = np.linspace(-1000, 1000, 20**3).reshape(20, 20, 20).round().astype(np.int16)
+    kind = CropKind((8, 8, 8), (-300, 200), "pad", (4.0, 4.0, 4.0))
+    model = Watch()
+    classify(
+        Classifier(model, kind, Path("m"), "is_nodule"), hu, np.array([[0.0, 0, 0], [9.5, 9.5, 9.5]]), (1.0, 1.0, 1.0)
+    )
+    assert model.seen == [(-300.0, 200.0)]
+
+
+@pytest.mark.parametrize("hu", [(-1200, 600), (-1000, 1500)])
+def test_a_classifier_of_hu_that_the_detector_does_not_keep_is_refused(tmp_path, hu):
+    args = {"name": "luna", "num_classes": 2, "crop_shape": [32, 48, 48]}
+    args["crops"] = CropKind((32, 48, 48), hu).to_json()
+    save_checkpoint(tmp_path / "best.pt", {"model_args": args})
+    with pytest.raises(UsageError, match=rf"trained on HU {hu[0]} to {hu[1]}, the detector keeps -1000 to 1000"):
+        load_classifier(tmp_path, torch.device("cpu"))
 
 
 def nodule(*xyz, diameter=10.0):

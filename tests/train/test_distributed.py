@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -21,28 +23,55 @@ def run(launcher, store, out, *more):
     return done
 
 
-def test_two_processes_train_as_one(small_store, tmp_path):
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run(together, small_store, tmp_path / "two")
+TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def kill_after_first_epoch(store, out):
+    """Two processes, all killed when the first checkpoint is there."""
+    command = [sys.executable, *TOGETHER, *TRAIN, "--store", str(store), "--out", str(out)]
+    started = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=out.parent)
+    while started.poll() is None and not (out / "last.pt").exists():
+        time.sleep(0.005)
+    family = psutil.Process(started.pid)
+    for process in [family, *family.children(recursive=True)]:
+        process.kill()
+    started.wait()
+
+
+@pytest.fixture(scope="module")
+def two(small_store, tmp_path_factory):
+    """A run of two processes, and what it printed."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, run(TOGETHER, small_store, out)
+
+
+def test_two_processes_train_as_one(two, small_store, tmp_path):
+    out, done = two
     assert done.stdout.count("best epoch") == 1  # the first process alone prints
     run([], small_store, tmp_path / "one")
-    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two) == 4
-    for line, other in zip(one, two, strict=True):
+    one, both = (read_metrics(path) for path in (tmp_path / "one", out))
+    assert len(one) == len(both) == 4
+    for line, other in zip(one, both, strict=True):
         assert other["samples"] == line["samples"]
         assert other["loss" if line["part"] == "train" else "auc"] == pytest.approx(
             line["loss" if line["part"] == "train" else "auc"], rel=1e-4
         )
-    weights = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two")]
+    weights = [torch.load(path / "last.pt", weights_only=True)["model"] for path in (tmp_path / "one", out)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
-    # a run goes on with another number of processes
-    run(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"],
-        small_store,
-        tmp_path / "two",
-        "--resume",
-    )
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_run_of_two_that_is_killed_goes_on(two, small_store, tmp_path, processes):
+    kill_after_first_epoch(small_store, tmp_path / "killed")
+    had = read_metrics(tmp_path / "killed")
+    assert had[-1]["epoch"] == 0
+    run([*TOGETHER[:-1], str(processes)], small_store, tmp_path / "killed", "--resume")
+    exact = 0 if processes == 2 else 1e-4
+    for line, other in zip(read_metrics(tmp_path / "killed"), read_metrics(two[0]), strict=True):
+        assert (line["epoch"], line["part"], line["samples"]) == (other["epoch"], other["part"], other["samples"])
+        figure = "loss" if line["part"] == "train" else "auc"
+        assert line[figure] == pytest.approx(other[figure], rel=exact, abs=0)
 
 
 def test_global_batch_norm_of_one_process_is_batch_norm(monkeypatch):

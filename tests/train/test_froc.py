@@ -164,6 +164,18 @@ def test_any_submission_is_scored_as_the_slow_reading_scores_it(case: tuple[int,
         assert not counts.nodules_found or not counts.false_positives
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_many_submissions_are_scored_as_the_slow_reading_scores_them() -> None:
+    draw = np.random.default_rng(77)
+    for seed in range(5_000):
+        case = seed, int(draw.integers(1, 13)), int(draw.choice([0, 0, 0, 150])), int(draw.choice([2, 5, 40, 10**6]))
+        marks, annotations, excluded, uids = random_case(*case)
+        expected, got = naive(marks, annotations, excluded, uids), evaluate_froc(marks, annotations, excluded, uids)
+        assert got.marks["verdict"].tolist() == expected["verdicts"], case
+        np.testing.assert_allclose(got.at_rates, expected["at"], rtol=0, atol=TOLERANCE)
+
+
 @settings(max_examples=15, deadline=None)
 @given(CASES)
 def test_the_interval_is_that_of_scans_drawn_and_scored_one_by_one(case: tuple[int, int, int, int]) -> None:

@@ -16,19 +16,20 @@ from lunatrain.metrics import (
     binary_metrics,
     calibration_table,
     diameter_table,
-    multiclass_metrics,
     precision_recall_curve,
     rank_scores,
     roc_curve,
     threshold_table,
 )
 
+from ..conftest import Figure
+
 NUM_SETS = 200
 
 
-def random_sets() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def random_sets(number: int = NUM_SETS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Labels and probabilities: of any size and balance, without ties, with some, with nothing else."""
-    for seed in range(NUM_SETS):
+    for seed in range(number):
         random = np.random.default_rng(seed)
         size = int(random.integers(1, 400))
         labels = random.random(size) < random.choice([0.0, 0.02, 0.5, 0.9, 1.0], p=[0.05, 0.3, 0.4, 0.2, 0.05])
@@ -42,8 +43,8 @@ def random_sets() -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_figures_equal_scikit_learn_on_random_sets() -> None:
-    for labels, scores in random_sets():
+def test_figures_equal_scikit_learn_on_random_sets(figure: Figure) -> None:
+    for labels, scores in random_sets(figure(NUM_SETS, 5_000)):
         got = binary_metrics(labels, scores)
         called = scores >= 0.5
         expected = {
@@ -191,19 +192,6 @@ def test_single_precision_is_clipped_as_scikit_learn_clips_it() -> None:
 
 def test_infinite_scores_are_ranked() -> None:
     assert area_under_roc(rank_scores([0, 1, 1], [-np.inf, np.inf, np.inf])) == 1
-
-
-def test_several_classes() -> None:
-    random = np.random.default_rng(3)
-    labels, predicted = random.integers(0, 3, 200), random.integers(0, 3, 200)
-    got = multiclass_metrics(labels, predicted, 4)
-    np.testing.assert_array_equal(got.confusion, sk.confusion_matrix(labels, predicted, labels=range(4)))
-    assert got.accuracy == sk.accuracy_score(labels, predicted)
-    np.testing.assert_allclose(got.recall[:3], sk.recall_score(labels, predicted, average=None), atol=1e-12)
-    np.testing.assert_allclose(got.precision[:3], sk.precision_score(labels, predicted, average=None), atol=1e-12)
-    assert np.isnan([got.recall[3], got.precision[3]]).all()
-    with pytest.raises(UsageError, match="expected a class 0 to 3"):
-        multiclass_metrics([0, 4], [0, 0], 4)
 
 
 def test_as_many_scores_as_luna16_has_candidates_are_counted_exactly() -> None:

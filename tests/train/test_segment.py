@@ -16,6 +16,7 @@ from lunaprep.store.reader import open_store
 from lunatrain.augment import Augmentation
 from lunatrain.augment_slabs import augment_slabs, resample_slabs
 from lunatrain.checkpoint import load_checkpoint, save_checkpoint
+from lunatrain.config import config_from_json
 from lunatrain.dense import context_slices, predict_volume, read_slabs
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.log import RunLog, read_metrics
@@ -24,7 +25,7 @@ from lunatrain.losses import LOSSES, MISSED_WEIGHT, book_loss, class_loss, dice_
 from lunatrain.models.unet import UNet
 from lunatrain.overlays import MISSED, RIGHT, WRONG, grey, overlay, tile
 from lunatrain.segmentation import load_segmenter, open_training, resume_training
-from lunatrain.segmentation_config import SEG_PRESETS, SegConfig, seg_config_from_json
+from lunatrain.segmentation_config import SEG_PRESETS, SegConfig
 from lunatrain.slabs import HeldOutSlabs, HeldOutVolumes, SlabLoader, held_out_slabs, held_out_volumes, open_slabs
 from lunatrain.training import TrainOptions, load_model
 from lunatrain.voxel_scores import FP_LIMITS, FP_TUNED, VoxelScores
@@ -403,8 +404,8 @@ def test_wrong_checkpoints_and_settings_are_named(trained, seg_store, small_stor
     with pytest.raises(UsageError, match="--side"):
         SegConfig(side=2)
     with pytest.raises(UsageError, match="a setting 'colour'"):
-        seg_config_from_json({**QUICK.to_json(), "colour": 1})
-    assert seg_config_from_json(json.loads(json.dumps(QUICK.to_json()))) == QUICK
+        config_from_json({**QUICK.to_json(), "colour": 1}, SegConfig)
+    assert config_from_json(json.loads(json.dumps(QUICK.to_json())), SegConfig) == QUICK
     with pytest.raises(UsageError, match="model must be one of"):
         open_training(TrainOptions(seg_store, tmp_path / "x", "cpu"), SegConfig(model="luna"))
 
