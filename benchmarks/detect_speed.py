@@ -138,7 +138,8 @@ def networks(args: argparse.Namespace, path: Path) -> tuple[nn.Module, Classifie
     if args.cls:
         return seg, load_classifier(args.cls, torch.device("cpu"))
     torch.manual_seed(1)
-    return seg, Classifier(prepare_for("cpu", build_model("luna", 2, BOOK_CROP)).eval(), BOOK_CROP, Path(), "is_nodule")
+    model = build_model("luna", 2, BOOK_CROP.shape)
+    return seg, Classifier(prepare_for("cpu", model).eval(), BOOK_CROP, Path(), "is_nodule")
 
 
 def main() -> None:
