@@ -26,7 +26,7 @@ test: .venv/installed-dev  ## All tests, against the installed package
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 soak: .venv/installed-dev  ## The long figures of docs/reliability.md: faults, bit flips, rounds (an hour)
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --soak --timeout 7200 --durations 0
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --soak --timeout 7200 -o faulthandler_timeout=0 --durations 0
 
 lint: .venv/installed-dev  ## ruff and mypy (strict)
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from .fault_driver import Driver
 
 SOAK = "--soak"
 SIZE = (40, 64, 64)
@@ -75,6 +77,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """A warm process that forks a child for each command; see fault_driver."""
+    opened = Driver(tmp_path_factory.mktemp("driver"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tiny scans in two subsets, quick to build; never written to."""
+    from lunaprep.sources.phantom import write_phantom
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_phantom(root, num_scans=3, seed=7, size=(16, 48, 48), num_subsets=2, num_candidates=6)
+    return root
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

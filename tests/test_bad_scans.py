@@ -113,13 +113,15 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def test_mutated_headers(tmp_path):
+@pytest.mark.timeout(7200)
+def test_mutated_headers(tmp_path, figure):
     rng = random.Random(2024)
     (tmp_path / "a.raw").write_bytes(RAW)
     good = header_text("a").encode()
     path = tmp_path / "a.mhd"
     accepted = 0
-    for _ in range(1500):
+    count = figure(1_500, 200_000)
+    for _ in range(count):
         path.write_bytes(mutated(good, rng))
         result = tried(path, tmp_path)
         if isinstance(result, str):
@@ -132,17 +134,17 @@ def test_mutated_headers(tmp_path):
         assert scan.geometry.spacing == image.GetSpacing()
         assert scan.geometry.direction == image.GetDirection()
         np.testing.assert_array_equal(voxels, SimpleITK.GetArrayFromImage(image))
-    assert 50 < accepted < 1000
+    assert 0.03 < accepted / count < 0.7
 
 
 @pytest.mark.parametrize("kind", ["packed.mha", "plain.mha", "packed.nii.gz"])
-def test_mutated_files(kind, tmp_path):
+def test_mutated_files(kind, tmp_path, figure):
     rng = random.Random(7)
     path = tmp_path / kind
     expected = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(expected), str(path), kind != "plain.mha")
     good = path.read_bytes()
-    for _ in range(400):
+    for _ in range(figure(400, 10_000)):
         path.write_bytes(mutated(good, rng))
         result = tried(path, tmp_path)
         if isinstance(result, str):
