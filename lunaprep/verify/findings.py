@@ -100,6 +100,11 @@ class Findings:
         """Count `more` errors of a code on a file without telling them singly."""
         self._alike[code, "error", place] += more
 
+    def absorb(self, other: "Findings") -> None:
+        """Add what another one gathered."""
+        self.extend(other._kept)
+        self._alike += other._alike - Counter((f.code, f.severity, f.place) for f in other._kept)
+
     def _add(self, finding: Finding) -> None:
         alike = finding.code, finding.severity, finding.place
         self._alike[alike] += 1
