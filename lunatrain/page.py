@@ -98,6 +98,16 @@ def card(name: str, value: str, note: str) -> str:
     )
 
 
+def percent_correct(accuracy: float, baseline: str, text: str) -> str:
+    """Percent correct, and beside it why not to judge by it: what guessing would have."""
+    return (
+        '<section class="panel trap"><div><div class="name">Percent correct</div>'
+        f'<div class="value">{percent(accuracy)}</div></div>'
+        f"<div><p><strong>{escape(baseline)}.</strong> Percent correct alone says little.</p>"
+        f'<p class="muted">{escape(text)}</p></div></section>'
+    )
+
+
 def notes_list(notes: Iterable[str]) -> str:
     """What a reader must know, as a list; nothing where there is nothing."""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)

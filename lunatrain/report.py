@@ -33,6 +33,7 @@ from lunatrain.page import (
     html_table,
     notes_list,
     page,
+    percent_correct,
     section,
     share_td,
     short_uid,
@@ -94,8 +95,9 @@ def report_html(
     curves: Sequence[Mapping[str, Any]],
 ) -> str:
     """The whole page; parameters as in `write_report`."""
-    sections = (_cards, _trap, _notes, _froc_section, _curves_section, _diameter_section, _threshold_section)
-    parts = [_heading(evaluation, title), *(make(evaluation) for make in sections), _calibration_section(evaluation)]
+    sections = (_froc_section, _curves_section, _diameter_section, _threshold_section, _calibration_section)
+    parts = [_heading(evaluation, title), _cards(evaluation), _trap(evaluation), notes_list(evaluation.notes)]
+    parts += [make(evaluation) for make in sections]
     film = "Axial slice through the candidate, lung window (−600 / 1500 HU). Below: candidate, p, series, diameter."
     parts += [*(picture_section(name, png, film) for name, png in pictures.items()), _worst_section(evaluation)]
     if curves:
@@ -187,16 +189,7 @@ def _trap(evaluation: Evaluation) -> str:
         f"({percent(binary.correct_positive)}) and {binary.true_negatives:,} of {binary.num_negative:,} {negative} "
         f"crops ({percent(binary.correct_negative)}) are called right."
     )
-    return (
-        '<section class="panel trap"><div><div class="name">Percent correct</div>'
-        f'<div class="value">{percent(binary.accuracy)}</div></div>'
-        f"<div><p><strong>{escape(evaluation.majority.sentence)}.</strong> Percent correct alone says little.</p>"
-        f'<p class="muted">{escape(right)}</p></div></section>'
-    )
-
-
-def _notes(evaluation: Evaluation) -> str:
-    return notes_list(evaluation.notes)
+    return percent_correct(binary.accuracy, evaluation.majority.sentence, right)
 
 
 def _froc_section(evaluation: Evaluation) -> str:

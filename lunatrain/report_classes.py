@@ -24,6 +24,7 @@ from lunatrain.page import (
     html_table,
     notes_list,
     page,
+    percent_correct,
     section,
     share_td,
     short_uid,
@@ -60,11 +61,11 @@ def class_report_html(
     curves: Sequence[Mapping[str, Any]],
 ) -> str:
     """The whole page; parameters as in `write_class_report`."""
-    sections = (_cards, _trap, _notes, _confusion_section, _class_section)
     text = (
         "Axial slice, lung window (−600 / 1500 HU). Below: candidate, its class > what it is called, p; series; size."
     )
-    parts = [_heading(evaluation, title), *(make(evaluation) for make in sections)]
+    parts = [_heading(evaluation, title), _cards(evaluation), _trap(evaluation), notes_list(evaluation.notes)]
+    parts += [_confusion_section(evaluation), _class_section(evaluation)]
     parts += [picture_section(name, png, text) for name, png in pictures.items()]
     parts.append(_wrong_section(evaluation))
     if curves:
@@ -128,17 +129,11 @@ def _span(evaluation: ClassEvaluation, name: str, otherwise: str) -> str:
 def _trap(evaluation: ClassEvaluation) -> str:
     """Percent correct, and beside it why not to judge by it."""
     right = int(evaluation.metrics.confusion.diagonal().sum())
-    return (
-        '<section class="panel trap"><div><div class="name">Percent correct</div>'
-        f'<div class="value">{percent(evaluation.metrics.accuracy)}</div></div>'
-        f"<div><p><strong>{escape(evaluation.majority_sentence)}.</strong> Percent correct alone says little.</p>"
-        f'<p class="muted">Here {right:,} of {len(evaluation.rows):,} crops are called right, balanced '
-        f"{percent(evaluation.metrics.balanced_accuracy)}.</p></div></section>"
+    text = (
+        f"Here {right:,} of {len(evaluation.rows):,} crops are called right, balanced "
+        f"{percent(evaluation.metrics.balanced_accuracy)}."
     )
-
-
-def _notes(evaluation: ClassEvaluation) -> str:
-    return notes_list(evaluation.notes)
+    return percent_correct(evaluation.metrics.accuracy, evaluation.majority_sentence, text)
 
 
 def _confusion_section(evaluation: ClassEvaluation) -> str:
