@@ -1,7 +1,7 @@
 # make demo, make test: nothing but Python 3.11+ and make needed; everything goes into .venv
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find lunaprep lunatrain manifests -name '*.py' -o -name '*.toml' -o -name py.typed) setup.cfg pyproject.toml
+SOURCES := $(shell find lunaprep lunatrain manifests -name '*.py' -o -name '*.c' -o -name '*.toml' -o -name py.typed) setup.py setup.cfg pyproject.toml
 
 .PHONY: help demo test soak lint docs bench clean
 help:  ## Say what can be made

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lunatrain.crop_sources import Rows, aligned_empty
 from lunatrain.errors import UsageError
-from lunatrain.mapping import CropMap, Rows, aligned_empty
+from lunatrain.mapping import CropMap
 
 Deliver = Literal["stored", "int16", "float32"]
 

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from lunaprep.errors import StoreError
 from lunaprep.store.reader import open_store
-from lunatrain.mapping import CropMap, Io, Rows, open_crops
+from lunatrain.crop_sources import Rows
+from lunatrain.mapping import CropMap, Io, open_crops
 from lunatrain.sampling import row_labels
 
 Sample = tuple[torch.Tensor, int, int]

@@ -14,7 +14,7 @@ ROOTS = {"lunaprep": Path(lunaprep.__file__).parent, "lunatrain": Path(lunatrain
 # A module may import those of lower layers, and of its own; a name stands for a module or for a whole package.
 PREP_LAYERS = [
     ["errors", "schema", "geometry", "machine", "safe_xml", "__init__"],
-    ["crops", "lungs", "masks", "scans", "store"],
+    ["crops", "csv_rows", "lungs", "masks", "scans", "store"],
     ["candidates", "parameters", "datasheet", "shard_plan", "targets"],
     ["splits", "sources"],
     ["manifest", "scan_pass", "shard_work", "verify"],
@@ -28,6 +28,7 @@ PREP_LAYERS = [
 
 TRAIN_LAYERS = [
     ["errors", "config", "__init__"],
+    ["crop_sources"],
     [
         "segmentation_config",
         "boxes",
@@ -79,7 +80,7 @@ LAYERS = {
 HOMES = {
     "SimpleITK": ["lunaprep.scans.itk", "lunaprep.verify.recut"],
     "h5py": ["lunaprep.store", "lunaprep.verify"],
-    "pyarrow": ["lunaprep.store.tables", "lunaprep.candidates", "lunaprep.verify"],
+    "pyarrow": ["lunaprep.store.tables", "lunaprep.csv_rows", "lunaprep.verify"],
     "scipy": ["lunaprep.crops", "lunaprep.lungs", "lunaprep.masks", "lunaprep.sources.lidc_nodules", "lunatrain"],
     "pydicom": ["lunaprep.scans.dicom_header", "lunaprep.scans.dicom_pixels"],
     "joblib": ["lunaprep.parallel"],

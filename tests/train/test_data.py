@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from lunaprep.errors import StoreError
 from lunaprep.store.reader import ShardFile, open_store
-from lunatrain import mapping
+from lunatrain import crop_sources, mapping
+from lunatrain.crop_sources import Rows, aligned_empty
 from lunatrain.data import CropLoader, scale_hu
 from lunatrain.errors import UsageError
-from lunatrain.mapping import CropMap, Rows, aligned_empty, open_crops
+from lunatrain.mapping import CropMap, open_crops
 
 SHARD_ROWS = (3, 1, 5)
 WHOLE_PAGES, BROKEN_PAGES = (8, 16, 16), (5, 6, 7)
@@ -53,8 +54,18 @@ def gathered(crops: CropMap, rows: list[int], dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("io", IOS)
 @pytest.mark.parametrize("shape", [WHOLE_PAGES, BROKEN_PAGES])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_gather_is_indexing(tmp_path: Path, dtype: str, io: mapping.Io, shape: tuple, threads: int):
+@pytest.mark.parametrize(("threads", "compiled"), [(1, True), (3, True), (3, False)])
+def test_gather_is_indexing(
+    tmp_path: Path,
+    dtype: str,
+    io: mapping.Io,
+    shape: tuple,
+    threads: int,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if not compiled:
+        monkeypatch.setattr(crop_sources, "gather_rows", None)
     shards, expected = write_shards(tmp_path, shape, dtype)
     with CropMap(shards, shape, np.dtype(dtype), io, threads) as crops:
         assert crops.is_stitched == (io != "pread" and shape == WHOLE_PAGES)
@@ -66,6 +77,73 @@ def test_gather_is_indexing(tmp_path: Path, dtype: str, io: mapping.Io, shape: t
                 np.testing.assert_array_equal(gathered(crops, rows, delivered), expected[rows].astype(delivered))
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="installed without a compiler")
+def test_the_compiled_gather_is_there():
+    assert crop_sources.gather_rows is not None
+
+
+compiled_only = pytest.mark.skipif(crop_sources.gather_rows is None, reason="installed without a compiler")
+
+
+@compiled_only
+@given(st.data())
+def test_compiled_gather_is_indexing(data: st.DataObject):
+    """Any number of voxels and any start in a line of 64 bytes: heads, whole lines and tails; no byte beyond."""
+    stored, delivered = data.draw(st.sampled_from([("int16", "int16"), ("int16", "float32"), ("float32", "float32")]))
+    count, voxels, taken = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 150), st.integers(0, 6)))
+    rows = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=taken, max_size=taken)), dtype=np.int64)
+    from_start, to_start = data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20)))
+    source = aligned_empty((from_start + count * voxels,), stored)[from_start:]
+    source[:] = np.random.default_rng(0).integers(-32768, 32768, len(source))
+    crops = source.reshape(count, voxels)
+    space = aligned_empty((to_start + taken * voxels + 9,), delivered)
+    space[:] = 7
+    out = space[to_start : to_start + taken * voxels].reshape(taken, voxels)
+    crop_sources.gather_rows(crops, rows, out)
+    np.testing.assert_array_equal(out, crops[rows].astype(delivered))
+    assert (space[:to_start] == 7).all()
+    assert (space[to_start + out.size :] == 7).all()
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("crops", "rows", "out", "error"),
+    [
+        (("int16", (3, 4)), [3], ("int16", (1, 4)), IndexError),
+        (("int16", (3, 4)), [0, -1], ("int16", (2, 4)), IndexError),
+        (("float32", (3, 4)), [0], ("int16", (1, 4)), ValueError),
+        (("float64", (3, 4)), [0], ("float32", (1, 4)), ValueError),
+        (("int16", (3, 4)), [0], ("float32", (2, 4)), ValueError),
+        (("int16", (3, 4)), [0], ("float32", (1, 5)), ValueError),
+        (("int16", (12,)), [0], ("int16", (1, 4)), ValueError),
+        ((">i2", (3, 4)), [0], ("int16", (1, 4)), ValueError),
+        (("uint16", (3, 4)), [0], ("int16", (1, 4)), ValueError),
+    ],
+)
+def test_compiled_gather_refuses(crops: tuple, rows: list[int], out: tuple, error: type[Exception]):
+    with pytest.raises(error):
+        crop_sources.gather_rows(np.zeros(crops[1], crops[0]), np.array(rows), np.zeros(out[1], out[0]))
+
+
+@compiled_only
+def test_compiled_gather_refuses_what_is_no_array_or_no_buffer_of_ones_own():
+    crops, rows, out = np.zeros((3, 4), "int16"), np.zeros(1, np.int64), np.zeros((1, 4), "int16")
+    for wrong in (
+        (crops, rows.astype(np.int32), out),
+        (crops.tolist(), rows, out),
+        (crops, rows),
+        (crops[:, ::2], rows, out),
+    ):
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            crop_sources.gather_rows(*wrong)
+    out.flags.writeable = False
+    with pytest.raises((BufferError, ValueError)):
+        crop_sources.gather_rows(crops, rows, out)
+    shifted = np.zeros(9, np.uint8)[1:].view(np.int16).reshape(1, 4)
+    with pytest.raises(ValueError, match="must be"):
+        crop_sources.gather_rows(crops, rows, shifted)
+
+
 @pytest.mark.parametrize("io", IOS)
 def test_built_store_as_h5py_reads_it(built_store: Path, io: mapping.Io, monkeypatch: pytest.MonkeyPatch):
     with h5py.File(built_store / "crops.h5") as file:
@@ -73,7 +151,7 @@ def test_built_store_as_h5py_reads_it(built_store: Path, io: mapping.Io, monkeyp
     rows = np.random.default_rng(1).permutation(len(expected)).tolist()
     for stitched in (True, False):
         if not stitched:
-            monkeypatch.setattr(mapping, "_can_stitch", lambda *_: False)
+            monkeypatch.setattr(crop_sources, "_can_stitch", lambda *_: False)
         with open_crops(open_store(built_store), io) as crops:
             assert crops.is_stitched == (stitched and io != "pread")
             np.testing.assert_array_equal(gathered(crops, rows, "float32"), expected[rows])
@@ -81,7 +159,7 @@ def test_built_store_as_h5py_reads_it(built_store: Path, io: mapping.Io, monkeyp
 
 def test_a_system_that_will_not_stitch_gets_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shards, expected = write_shards(tmp_path, WHOLE_PAGES, "int16")
-    monkeypatch.setattr(mapping._Region, "__init__", lambda *_: (_ for _ in ()).throw(mapping._MapError))
+    monkeypatch.setattr(crop_sources._Region, "__init__", lambda *_: (_ for _ in ()).throw(crop_sources._MapError))
     crops = CropMap(shards, WHOLE_PAGES, np.dtype("int16"))
     assert not crops.is_stitched
     np.testing.assert_array_equal(gathered(crops, [8, 0], "int16"), expected[[8, 0]])
@@ -152,7 +230,7 @@ def test_memory_is_given_back(tmp_path: Path):
 def test_auto_asks_once_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shards, _ = write_shards(tmp_path, WHOLE_PAGES, "int16")
     asked: list[int] = []
-    monkeypatch.setattr(mapping._Stitched, "advise", lambda _, rows: asked.extend(rows.tolist()))
+    monkeypatch.setattr(crop_sources._Stitched, "advise", lambda _, rows: asked.extend(rows.tolist()))
     for io, expected in (("auto", [2, 5, 7]), ("willneed", [2, 5, 5, 7]), ("mmap", [])):
         asked.clear()
         crops = CropMap(shards, WHOLE_PAGES, np.dtype("int16"), io)  # type: ignore[arg-type]
