@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 import secrets
 import shutil
 import socket
@@ -30,8 +31,11 @@ MAX_BLIND_CRASHES = 3
 DEATHS_TO_BLAME = 2
 """A worker may die for many reasons while it reads a scan; twice at the same one is no chance."""
 
-SAME_VERSIONS = ("numpy", "scipy", "h5py", "deflate", "SimpleITK", "pydicom")
+SAME_VERSIONS = ("numpy", "scipy", "h5py", "isal", "SimpleITK", "pydicom")
 """Libraries that have a say in the store's bytes."""
+
+PROCESSOR = "processor"
+"""The volumes' encoder gives other bytes on another kind (x86-64, ARM)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class Shared:
         """What the process that asks does not share, and what to do; None if it shares everything."""
         for (name, ours), (_, theirs) in zip(self.versions, library_versions(), strict=True):
             if ours != theirs:
-                return f"has {name} {theirs}, the build has {ours}. Install the same versions (constraints.txt) there"
+                remedy = "Install the same versions (constraints.txt) there"
+                if name == PROCESSOR:
+                    remedy = "All workers must have the build's kind"
+                return f"has {name} {theirs}, the build has {ours}. {remedy}"
         try:
             same = self.mark.read_text(encoding="ascii") == self.token
         except OSError:
@@ -62,8 +69,9 @@ class Shared:
 
 
 def library_versions() -> tuple[tuple[str, str], ...]:
-    """Name and version of this package and of the libraries that have a say in the store's bytes."""
-    return ("lunaprep", __version__), *((name, _version(name)) for name in SAME_VERSIONS)
+    """Name and version of what has a say in the store's bytes: this package, libraries, the kind of processor."""
+    libraries = ((name, _version(name)) for name in SAME_VERSIONS)
+    return ("lunaprep", __version__), *libraries, (PROCESSOR, platform.machine())
 
 
 def _version(name: str) -> str:

@@ -5,6 +5,7 @@ lungs, closed so that what grows from the chest wall into the lung (a juxtapleur
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from scipy import ndimage
 
 Mask = npt.NDArray[np.bool_]
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]
+Span = tuple[slice, ...]
 
 AIR_HU = -450
 """Lung lies about -850 HU, soft tissue about 0; half-way is the usual threshold (-400 to -500)."""
@@ -154,9 +156,10 @@ class LungFinder:
 
     def find(self) -> Lungs:
         """The lungs, once all slices were taken; an empty mask where there are none."""
-        sizes = [np.diff([*starts, n]) for starts, n in zip(self._starts, self._shape, strict=True)]
-        count = sizes[0][:, None, None] * sizes[1][None, :, None] * sizes[2][None, None]
-        hu = np.divide(self._sums, count, dtype=np.float32)
+        deep, high, wide = (
+            np.diff([*starts, n]).astype(np.float32) for starts, n in zip(self._starts, self._shape, strict=True)
+        )
+        hu = self._sums / (deep[:, None, None] * high[:, None] * wide)
         return Lungs(_lungs_of(hu, self._mm), self._block, self._shape)
 
 
@@ -200,38 +203,38 @@ def lung_box(mask: npt.NDArray[Any]) -> Box | None:
 
 def _lungs_of(hu: npt.NDArray[np.float32], mm: tuple[float, ...]) -> Mask:
     """The lungs on a grid of mean HU with voxels of `mm` (slice, row, column)."""
-    air = _inner_air(hu < AIR_HU)
-    lungs = np.zeros(air.shape, dtype=np.bool_)
-    for piece in _largest(air, hu, mm):
-        whole = _cut_airway(piece, mm)
-        lungs |= _close(_fill_slices(whole, mm), mm)
+    labels, _ = ndimage.label(hu < AIR_HU)
+    boxes: list[Span] = ndimage.find_objects(labels)
+    lungs = np.zeros(hu.shape, dtype=np.bool_)
+    for label in _largest(labels, boxes, hu, mm):
+        box = tuple(  # with room for the closing, and a voxel that stays outside
+            slice(max(0, span.start - int(CLOSING_MM / side) - 2), span.stop + int(CLOSING_MM / side) + 2)
+            for span, side in zip(boxes[label - 1], mm, strict=True)
+        )
+        whole = _cut_airway(labels[box] == label, mm)
+        lungs[box] |= _close(_fill_slices(whole, mm), mm)
     return lungs
 
 
-def _inner_air(air: Mask) -> Mask:
-    """Air without that which reaches the sides of the field; the first and last slice may cut a lung."""
-    labels, _ = ndimage.label(air)
-    sides = [labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]]
-    outer = np.unique(np.concatenate([side.ravel() for side in sides]))
-    is_inner = np.ones(int(labels.max(initial=0)) + 1, dtype=np.bool_)
-    is_inner[outer] = False
-    is_inner[0] = False
-    return np.asarray(is_inner[labels])
+def _largest(
+    labels: npt.NDArray[np.int32], boxes: Sequence[Span], hu: npt.NDArray[np.float32], mm: tuple[float, ...]
+) -> list[int]:
+    """Labels of the one or two largest pieces of air that can be lungs.
 
-
-def _largest(air: Mask, hu: npt.NDArray[np.float32], mm: tuple[float, ...]) -> list[Mask]:
-    """The one or two largest pieces of air that can be lungs."""
-    labels, _ = ndimage.label(air)
+    What reaches the sides of the field is the air around the body; the first and last slice may cut a lung.
+    """
     volumes = np.bincount(labels.ravel()) * float(np.prod(mm))
+    for side in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
+        volumes[side.ravel()] = 0.0
     volumes[0] = 0.0
-    least = MIN_SECTION_MM2 * min(len(air) * mm[0], FULL_DEPTH_MM)
-    found: list[Mask] = []
-    for label in np.argsort(-volumes, kind="stable")[:6]:
+    least = MIN_SECTION_MM2 * min(len(labels) * mm[0], FULL_DEPTH_MM)
+    found: list[int] = []
+    for label in np.argsort(-volumes, kind="stable")[:6].tolist():
         if volumes[label] < max(least, MIN_PART * volumes.max()) or len(found) == 2:
             break
-        piece = labels == label
-        if LUNG_HU[0] < np.median(hu[piece]) < LUNG_HU[1]:
-            found.append(piece)
+        box = boxes[label - 1]
+        if LUNG_HU[0] < np.median(hu[box][labels[box] == label]) < LUNG_HU[1]:
+            found.append(label)
     return found
 
 

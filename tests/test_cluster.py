@@ -82,46 +82,46 @@ def on_cluster(cluster: tuple[str, Path], data: Path, out: object = "s") -> list
 
 
 def test_two_workers_build_the_same_store(
-    cluster: tuple[str, Path], phantom_root: Path, built_store: Path, tmp_path: Path, run: Run
+    cluster: tuple[str, Path], phantom_root: Path, built_store: Path, tmp_path: Path, run_apart: Run
 ) -> None:
     data = os.path.relpath(phantom_root, tmp_path)  # the workers have another working folder
-    done = run(on_cluster(cluster, Path(data)))
+    done = run_apart(on_cluster(cluster, Path(data)))
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "s") == files_of(built_store)
     assert {path.name for path in (tmp_path / "s/.build").iterdir()} == {"lock", "inputs.json"}
 
 
 def test_a_worker_that_dies_once_costs_nothing(
-    cluster: tuple[str, Path], phantom_root: Path, built_store: Path, tmp_path: Path, run: Run
+    cluster: tuple[str, Path], phantom_root: Path, built_store: Path, tmp_path: Path, run_apart: Run
 ) -> None:
     order = cluster[1] / next(phantom_root.glob("subset1/*.mhd")).stem
     order.write_text("once")
-    done = run(on_cluster(cluster, phantom_root))
+    done = run_apart(on_cluster(cluster, phantom_root))
     assert done.returncode == 0, done.stderr
     assert not order.exists()
     assert files_of(tmp_path / "s") == files_of(built_store)
 
 
 def test_a_scan_that_kills_every_worker_costs_only_itself(
-    cluster: tuple[str, Path], phantom_root: Path, built_store: Path, tmp_path: Path, run: Run
+    cluster: tuple[str, Path], phantom_root: Path, built_store: Path, tmp_path: Path, run_apart: Run
 ) -> None:
     order = cluster[1] / next(phantom_root.glob("subset1/*.mhd")).stem
     order.write_text("always")
-    done = run(on_cluster(cluster, phantom_root))
+    done = run_apart(on_cluster(cluster, phantom_root))
     assert done.returncode == 3, done.stderr
     scans = lunaprep.open_store(tmp_path / "s").scans.set_index("series_uid")
     assert "killed its worker twice" in scans["reason"][order.name]
     assert (scans["status"] == "ok").sum() == 5
     order.unlink()
-    assert run(on_cluster(cluster, phantom_root)).returncode == 0
+    assert run_apart(on_cluster(cluster, phantom_root)).returncode == 0
     assert files_of(tmp_path / "s") == files_of(built_store)
 
 
 def test_without_a_scheduler_a_cluster_is_started_here(
-    phantom_root: Path, built_store: Path, tmp_path: Path, run: Run
+    phantom_root: Path, built_store: Path, tmp_path: Path, run_apart: Run
 ) -> None:
     args = ["build", "--data", phantom_root, "--out", "s", "--shard-size", "1", "--backend", "dask", "--workers", "2"]
-    done = run(args)
+    done = run_apart(args)
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "s") == files_of(built_store)
 
@@ -143,7 +143,7 @@ def test_a_scheduler_that_cannot_be(
         next(run_on_cluster([cast(ShardTask, None)], 1, scheduler))
 
 
-def test_a_scheduler_that_does_not_answer_is_one_line(phantom_root: Path, tmp_path: Path, run: Run) -> None:
+def test_a_scheduler_that_does_not_answer_is_one_line(phantom_root: Path, tmp_path: Path, run_apart: Run) -> None:
     (tmp_path / "lunaprep_patch").mkdir()
     patch = "import lunaprep.cluster\nlunaprep.cluster.CONNECT_S = 1\n"
     (tmp_path / "lunaprep_patch/sitecustomize.py").write_text(patch)
@@ -151,7 +151,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line(phantom_root: Path, tmp_pa
         free.bind(("127.0.0.1", 0))  # bound, and nobody listens
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         path = os.pathsep.join(filter(None, [str(tmp_path / "lunaprep_patch"), os.environ.get("PYTHONPATH")]))
-        done = run(on_cluster((address, tmp_path), phantom_root), PYTHONPATH=path)
+        done = run_apart(on_cluster((address, tmp_path), phantom_root), PYTHONPATH=path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"no Dask scheduler at {address}" in done.stderr
 
@@ -180,10 +180,10 @@ def shared(tmp_path: Path) -> Shared:
 
 def test_a_worker_must_share_disk_and_versions(shared: Shared, tmp_path: Path) -> None:
     assert shared.fault() is None
-    older = replace(
-        shared, versions=tuple((name, "0.1" if name == "deflate" else had) for name, had in shared.versions)
-    )
+    older = replace(shared, versions=tuple((name, "0.1" if name == "isal" else had) for name, had in shared.versions))
     assert "the build has 0.1. Install the same versions" in str(older.fault())
+    other = replace(shared, versions=(*shared.versions[:-1], ("processor", "other")))
+    assert "the build has other. All workers must have" in str(other.fault())
     assert f"does not see {tmp_path / 'store'}. --out must be on a disk" in str(replace(shared, token="else").fault())
     shared.scan.unlink()
     assert "--data must be on a disk that all workers share" in str(shared.fault())
