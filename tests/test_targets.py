@@ -27,6 +27,7 @@ from lunaprep.verify import verify_store
 from .conftest import files_of
 from .handmade_store import make_store as make_handmade
 from .handmade_store import sha256, write_record
+from .test_damage_store import sign, table
 
 SMALL = Parameters(shard_bytes=1, crop_shape=(8, 8, 8))
 DEPTH, HEIGHT, WIDTH = 7, 96, 96
@@ -302,6 +303,22 @@ def test_a_forged_mask_is_found_by_what_it_says(out: Path, value: int, code: str
     forge(out, place, edit)
     found = {finding.code for finding in verify_store(out).findings if finding.place == place}
     assert code in found
+
+
+@pytest.mark.parametrize("dataset", ["nodule_mask", "lung_mask"])
+def test_a_volumes_mask_that_cannot_be_unpacked_is_named(out: Path, dataset: str) -> None:
+    path = sorted(out.glob("volumes/*/*.h5"))[0]
+    with h5py.File(path, "r+") as h5:
+        h5[dataset].id.write_direct_chunk((0, 0, 0), b"not deflated")
+
+    def agree(rows: list[dict]) -> None:
+        row = next(row for row in rows if row["series_uid"] == path.stem)
+        row |= {"volume_bytes": path.stat().st_size, "volume_sha256": sha256(path)}
+
+    table(out, "scans.parquet", agree)
+    sign(out)
+    place = path.relative_to(out).as_posix()
+    assert [finding.code for finding in verify_store(out).findings if finding.place == place] == ["mask-value"]
 
 
 def test_a_store_made_by_hand_without_targets_is_right(tmp_path: Path) -> None:

@@ -4,14 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lunaprep import schema
 from lunaprep.verify import verify_store
+from lunaprep.verify.places import BadFileError
+from lunaprep.verify.structure import unpack
 
 from .handmade_store import (
     CROP,
@@ -187,15 +193,34 @@ def test_random_bytes_as_hdf5_do_not_crash(store):
     """Damage to a header with the size kept, in a child process: HDF5 itself might fall over."""
     code = (
         "import random, sys; from pathlib import Path; from lunaprep.verify import verify_store\n"
-        "store, path = Path(sys.argv[1]), Path(sys.argv[2]); raw = path.read_bytes(); rng = random.Random(2)\n"
-        "for _ in range(50):\n"
-        "    new = bytearray(raw)\n"
-        "    for _ in range(rng.choice([1, 4, 40])): new[rng.randrange(min(len(raw), 1200))] = rng.randrange(256)\n"
-        "    path.write_bytes(new)\n"
-        "    assert not verify_store(store).ok or new == raw\n"
+        "store, rng = Path(sys.argv[1]), random.Random(2)\n"
+        "for path in map(store.joinpath, sys.argv[2:]):\n"
+        "    raw = path.read_bytes()\n"
+        "    for _ in range(50):\n"
+        "        new = bytearray(raw)\n"
+        "        for _ in range(rng.choice([1, 4, 40])): new[rng.randrange(min(len(raw), 1200))] = rng.randrange(256)\n"
+        "        path.write_bytes(new)\n"
+        "        assert not verify_store(store).ok or new == raw\n"
+        "    path.write_bytes(raw)\n"
     )
-    for place in (SHARD, VOLUME, "crops.h5"):
-        subprocess.run([sys.executable, "-c", code, store.path, store.path / place], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, store.path, SHARD, VOLUME, "crops.h5"], check=True, timeout=100)
+
+
+@given(st.binary(max_size=300), st.integers(1, 6000), st.integers(0, 60), st.integers(0, 9))
+def test_chunks_are_unpacked_as_far_as_zlib_does(plain, size, cut, level):
+    packed = zlib.compress(plain * 20, level)
+    stored = packed[: len(packed) - cut]
+    assert unpack(stored, size) == zlib.decompressobj().decompress(stored, size)
+
+
+def test_no_more_is_unpacked_than_a_chunk_of_the_format():
+    bomb = zlib.compress(bytes(1 << 24))
+    largest = int(np.prod(schema.VOLUME_CHUNK_IRC)) * 4
+    assert len(unpack(bomb, largest)) == largest
+    with pytest.raises(BadFileError, match="expected"):
+        unpack(bomb, largest + 1)
+    with pytest.raises(zlib.error):
+        unpack(b"not deflated", largest)
 
 
 def test_lines_are_one_printable_line(store):

@@ -47,7 +47,7 @@ crop-misplaced        one stands in another's place
 file-misplaced        a shard holds the bytes of another
 header-damaged        bytes outside the crops or chunks were changed
 chunk-damaged         a chunk of a volume or of its masks was changed (slices)
-mask-value            a mask holds something else than 0 and 1
+mask-value            a mask holds something else than 0 and 1, or can't be unpacked
 mask-differs          a mask isn't what the tables, or the same mask elsewhere, say
 manifest-differs      the manifest's checksum of a crop is wrong, the crop isn't
 receipt-differs       a receipt and the other records disagree

@@ -291,8 +291,7 @@ def _name_chunks(store: Path, scan: dict[str, Any], found: Findings) -> None:
         names = datasets_of(scan)
         chunks = [
             (name, first, shape, xxhash.xxh3_64_intdigest(raw))
-            for name in names
-            for first, shape, raw in stored_chunks(store, place, name, names)
+            for name, first, shape, raw in stored_chunks(store, place, names, names)
         ]
     except Exception:
         chunks = []

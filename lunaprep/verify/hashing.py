@@ -14,7 +14,9 @@ import xxhash
 from lunaprep import schema
 from lunaprep.verify.places import BadFileError, open_plain
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
+"""Read at a time: what stays in a processor's own cache until it is hashed."""
+
 TELL_BYTES = 1 << 23
 """Bytes between two calls of `progress`."""
 

@@ -1,8 +1,10 @@
 """What masks hold: zeros and ones, a nodule where the tables say that one is, and the same in slab and volume."""
 
+import math
 import os
-import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ from lunaprep import schema
 from lunaprep.verify.findings import Findings
 from lunaprep.verify.places import open_plain
 from lunaprep.verify.record import Record, ShardRecord
-from lunaprep.verify.structure import datasets_of, stored_chunks
+from lunaprep.verify.structure import datasets_of, stored_chunks, unpack
 from lunaprep.verify.tables import Manifest
 from lunaprep.verify.values import continuous_irc
 
 Voxels = npt.NDArray[np.uint8]
+Places = dict[int, tuple[npt.NDArray[np.float64], float]]
+"""Centre, in voxels, and radius, in mm, of nodules by their annotation_id."""
+
+Chunk = tuple[tuple[int, ...], tuple[int, ...], bytes]
+"""First voxel, shape and stored bytes: of a volume's mask only what isn't background is kept, and packed."""
 
 REACH_MM = 1.0
 """How far beyond its annotated sphere a nodule's mask may reach; or half a voxel, where that is more."""
@@ -27,7 +34,7 @@ DRAWN_RADII = 4.0
 
 SLACK = 1e-6
 MOST_SCANS = 4
-"""Scans looked at at once; both masks of each are in memory, 65 MB a mask of 512 × 512 × 250."""
+"""Scans looked at at once; a chunk of a mask of each is in memory, and the packed ones in which nodules lie."""
 
 
 def check_masks(
@@ -46,17 +53,27 @@ def check_masks(
     here : set of str
         Files that are there and of their size; others are passed over.
     found : Findings
-        Where problems go. What can't be read was told by structure and checksums, and is passed over.
+        Where problems go, and what structure and checksums told: of a file that they found fault with, masks that can't
+        be read are passed over.
     """
+    told = {finding.place for finding in found.as_tuple()}
     masks = {shard.id: shard for shard in record.masks if shard.file in here}
-    rows_of = _rows_by_scan(slabs, scans) if slabs is not None else [[] for _ in scans]
+    rows_of: list[list[int]] = [[] for _ in scans]
+    if slabs is not None and scans:
+        scan_of = {scan["series_uid"]: k for k, scan in enumerate(scans)}
+        rows_of = slabs.rows_by_scan(list(scan_of))
+        centres = continuous_irc(scans, slabs, slabs.texts["series_uid"].recode(scan_of))
 
     def check(scan: dict[str, Any], rows: list[int]) -> Findings:
         own, nodules = Findings(), None
         if scan["volume_file"] in here and len(datasets_of(scan)) > 1:
             nodules = _check_volume(store, scan, own)
+            if nodules is None and scan["volume_file"] not in told:
+                message = "its masks can't be unpacked, though its checksums are right"
+                own.error("mask-value", scan["volume_file"], message, series_uid=scan["series_uid"])
         if slabs is not None:
-            _check_slabs(store, scan, slabs, rows, masks, nodules, own)
+            places = _annotated(slabs, rows, centres)
+            _check_slabs(scan, slabs, rows, places, partial(_read_slab, store, masks), nodules, own)
         return own
 
     with ThreadPoolExecutor(min(MOST_SCANS, os.cpu_count() or 1)) as pool:
@@ -64,78 +81,76 @@ def check_masks(
             found.absorb(own)
 
 
-def _rows_by_scan(slabs: Manifest, scans: list[dict[str, Any]]) -> list[list[int]]:
-    codes = slabs.texts["series_uid"].recode({scan["series_uid"]: k for k, scan in enumerate(scans)})
-    return [np.flatnonzero(codes == k).tolist() for k in range(len(scans))]
-
-
-def _check_volume(store: Path, scan: dict[str, Any], found: Findings) -> Voxels | None:
-    """Check both masks of a volume; return that of the nodules."""
-    masks = {}
-    place, uid = scan["volume_file"], scan["series_uid"]
-    for name in schema.VOLUME_DATASETS[1:]:
-        mask = read_mask(store, scan, name)
-        if mask is None:
-            return None
-        if mask.max(initial=0) > 1:
-            found.error("mask-value", place, f"/{name} holds {mask.max()}, expected 0 and 1 alone", series_uid=uid)
-        masks[name] = mask
-    box = _box_of(masks[schema.LUNG_MASK_DATASET])
+def _check_volume(store: Path, scan: dict[str, Any], found: Findings) -> list[Chunk] | None:
+    """Check both masks of a volume; return that of the nodules, or None where they can't be read."""
+    place, names, sides = scan["volume_file"], schema.VOLUME_DATASETS[1:], _sides(scan)
+    most, is_whole = dict.fromkeys(names, 0), True
+    blank: set[bytes] = set()
+    nodules: list[Chunk] = []
+    try:
+        slices, plane = np.zeros(sides[0], np.uint8), np.zeros(sides[1:], np.uint8)  # that the lungs meet
+        for name, first, shape, stored in stored_chunks(store, place, names, datasets_of(scan)):
+            if stored in blank:
+                continue
+            part = _unpack((first, shape, stored), sides)
+            line = part.max(axis=(1, 2), initial=0)
+            top = int(line.max(initial=0))
+            most[name] = max(most[name], top)
+            if not top and part.shape == shape:
+                blank.add(stored)
+            elif name == schema.NODULE_MASK_DATASET:
+                nodules.append((first, shape, stored))
+            else:
+                i, r, c = (slice(f, f + side) for f, side in zip(first, part.shape, strict=True))
+                slices[i] |= line
+                plane[r, c] |= np.bitwise_or.reduce(part, axis=0)
+    except Exception:
+        is_whole = False
+    for name in names:
+        if most[name] > 1:
+            message = f"/{name} holds {most[name]}, expected 0 and 1 alone"
+            found.error("mask-value", place, message, series_uid=scan["series_uid"])
+    if not is_whole:
+        return None
+    box = _box_of(slices, plane)
     if box != scan["lung_box"]:
         message = f"the lungs lie in {box}, scans.parquet has lung_box {scan['lung_box']}"
-        found.error("mask-differs", place, message, series_uid=uid)
-    return masks[schema.NODULE_MASK_DATASET]
+        found.error("mask-differs", place, message, series_uid=scan["series_uid"])
+    return nodules
 
 
-def read_mask(store: Path, scan: dict[str, Any], name: str) -> Voxels | None:
-    """A mask of a volume, unpacked within bounds; None where it can't be read."""
-    shape = tuple(scan[side] for side in ("num_slices", "num_rows", "num_cols"))
-    out = np.zeros(shape, dtype=np.uint8)
-    uniform: dict[bytes, int] = {}  # most chunks are all 0 or all 1: unpacked once each
-    try:
-        for first, chunk, stored in stored_chunks(store, scan["volume_file"], name, datasets_of(scan)):
-            part = out[tuple(slice(f, f + c) for f, c in zip(first, chunk, strict=True))]
-            if stored not in uniform:
-                size = int(np.prod(chunk))
-                plain = zlib.decompressobj().decompress(stored, size)
-                values = np.frombuffer(plain, np.uint8, size).reshape(chunk)
-                if values.min() != values.max():
-                    part[...] = values[tuple(slice(0, side) for side in part.shape)]
-                    continue
-                uniform[stored] = int(values.flat[0])
-            if uniform[stored]:
-                part[...] = uniform[stored]
-    except Exception:
-        return None
-    return out
+def _sides(scan: dict[str, Any]) -> tuple[int, int, int]:
+    return scan["num_slices"], scan["num_rows"], scan["num_cols"]
 
 
-def _box_of(mask: Voxels) -> list[int] | None:
-    low, high = [], []
-    for axis in range(3):
-        held = np.flatnonzero(mask.any(axis=tuple(k for k in range(3) if k != axis)))
-        if not len(held):
-            return None
-        low.append(int(held[0]))
-        high.append(int(held[-1]) + 1)
-    return low + high
+def _unpack(chunk: Chunk, sides: tuple[int, int, int]) -> Voxels:
+    """Values of a stored chunk, as far as it lies in the scan."""
+    first, shape, stored = chunk
+    size = math.prod(shape)
+    values = np.frombuffer(unpack(stored, size), np.uint8, size).reshape(shape)
+    return values[tuple(slice(max(0, side - f)) for f, side in zip(first, sides, strict=True))]
+
+
+def _box_of(slices: Voxels, plane: Voxels) -> list[int] | None:
+    """Start and stop of what meets these slices and, in one of them, this plane."""
+    held = [np.flatnonzero(line) for line in (slices, plane.any(axis=1), plane.any(axis=0))]
+    return [int(h[0]) for h in held] + [int(h[-1]) + 1 for h in held] if len(held[0]) else None
 
 
 def _check_slabs(
-    store: Path,
     scan: dict[str, Any],
     slabs: Manifest,
     rows: list[int],
-    masks: dict[str, ShardRecord],
-    nodules: Voxels | None,
+    places: Places,
+    read: Callable[[str, int], Voxels | None],
+    nodules: list[Chunk] | None,
     found: Findings,
 ) -> None:
-    """Check the slabs' masks of one scan; `nodules` is its volume's mask, if there."""
-    places = _annotated(scan, slabs, rows)
+    """Check the slabs' masks of one scan, at these `rows`, by the `places` of its nodules and by its volume's mask."""
     seen: set[int] = set()
     whole = True
     for k in rows:
-        mask = _read_slab(store, masks.get(str(slabs.texts["shard_id"][k])), int(slabs.numbers["shard_row"][k]))
+        mask = read(str(slabs.texts["shard_id"][k]), int(slabs.numbers["shard_row"][k]))
         if mask is None:
             whole = False
             continue
@@ -153,24 +168,21 @@ def _check_slabs(
         if outside:
             message = f"{outside} voxels lie beyond {radii:g} radii and {REACH_MM} mm of every annotated nodule"
             found.error("mask-differs", place, message, **whose)
-        if nodules is not None and not np.array_equal(mask, _box(nodules, start)):
+        if nodules is not None and not np.array_equal(mask, _box(nodules, start, _sides(scan))):
             found.error("mask-differs", place, f"isn't the volume's /{schema.NODULE_MASK_DATASET} there", **whose)
     for number in places.keys() - seen if whole else ():
         message = f"no mask of a slab has a voxel in nodule {number}"
         found.error("mask-differs", schema.SLABS_FILE, message, series_uid=scan["series_uid"])
 
 
-def _annotated(
-    scan: dict[str, Any], slabs: Manifest, rows: list[int]
-) -> dict[int, tuple[npt.NDArray[np.float64], float]]:
+def _annotated(slabs: Manifest, rows: list[int], centres: npt.NDArray[np.float64]) -> Places:
     """Centre (voxels) and radius (mm) of each annotated nodule of a scan."""
-    numbers = slabs.numbers
-    centres = continuous_irc([scan], slabs, np.zeros(slabs.num_rows, dtype=np.int64)) if rows else np.empty((0, 3))
-    ids = numbers["annotation_id"]
-    return {int(ids[k]): (centres[k], float(numbers["diameter_mm"][k]) / 2) for k in rows if ids[k] >= 0}
+    ids, diameters = slabs.numbers["annotation_id"], slabs.numbers["diameter_mm"]
+    return {int(ids[k]): (centres[k], float(diameters[k]) / 2) for k in rows if ids[k] >= 0}
 
 
-def _read_slab(store: Path, shard: ShardRecord | None, row: int) -> Voxels | None:
+def _read_slab(store: Path, masks: dict[str, ShardRecord], shard_id: str, row: int) -> Voxels | None:
+    shard = masks.get(shard_id)
     if shard is None or not 0 <= row < shard.rows:
         return None
     try:
@@ -187,12 +199,14 @@ def _read_slab(store: Path, shard: ShardRecord | None, row: int) -> Voxels | Non
 def _against_spheres(
     mask: Voxels,
     start: list[int],
-    places: dict[int, tuple[npt.NDArray[np.float64], float]],
+    places: Places,
     spacing: list[float],
     radii: float,
 ) -> tuple[int, set[int]]:
     """How many voxels lie outside all nodules' reach, so many radii, and which nodules have one within these."""
-    voxels = np.argwhere(mask) + start
+    if not mask.any():
+        return 0, set()
+    voxels = np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), axis=1) + start
     mm = np.array(spacing[::-1])
     outside = np.ones(len(voxels), dtype=bool)
     met: set[int] = set()
@@ -207,12 +221,15 @@ def _against_spheres(
     return int(outside.sum()), met
 
 
-def _box(mask: Voxels, start: list[int]) -> Voxels:
+def _box(chunks: list[Chunk], start: list[int], sides: tuple[int, int, int]) -> Voxels:
     """The box of a slab out of a volume's mask; zeros outside."""
     out = np.zeros(schema.SLAB_SHAPE, dtype=np.uint8)
-    low = np.maximum(start, 0)
-    high = np.minimum(np.add(start, schema.SLAB_SHAPE), mask.shape)
-    if (low < high).all():
-        target = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
-        out[target] = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    for chunk in chunks:
+        first, shape, _ = chunk
+        low = [max(f, s) for f, s in zip(first, start, strict=True)]
+        high = [min(f + n, s + m, e) for f, n, s, m, e in zip(first, shape, start, out.shape, sides, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            here = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+            there = tuple(slice(a - f, b - f) for a, b, f in zip(low, high, first, strict=True))
+            out[here] = _unpack(chunk, sides)[there]
     return out

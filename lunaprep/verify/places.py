@@ -40,13 +40,12 @@ def look(root: Path, place: str) -> os.stat_result:
     if not parts or place != "/".join(parts) or ".." in parts or "\0" in place or "\\" in place:
         code, message = "path-escapes", f"not a plain relative path: {place!r}; nothing outside is opened"
         raise BadFileError(code, message)
-    path = root
     try:
-        for part in parts:
-            path = path / part
-            status = path.lstat()
+        for depth in range(1, len(parts) + 1):
+            below = "/".join(parts[:depth])
+            status = os.lstat(f"{root}/{below}")
             if stat.S_ISLNK(status.st_mode):
-                code, message = "symlink", f"{path.relative_to(root)} is a symbolic link; none is followed"
+                code, message = "symlink", f"{below} is a symbolic link; none is followed"
                 raise BadFileError(code, message)
     except (FileNotFoundError, NotADirectoryError):
         code, message = "missing-file", "the file is missing"

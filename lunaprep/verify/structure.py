@@ -4,12 +4,15 @@ Nothing is read from a dataset here. Before an object's shape is asked for, its 
 virtual dataset for its shape may open the files it names.
 """
 
+import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deflate
 import h5py
 import numpy as np
 
@@ -138,25 +141,46 @@ def datasets_of(scan: dict[str, Any]) -> tuple[str, ...]:
 
 
 def stored_chunks(
-    store: Path, place: str, dataset: str, names: tuple[str, ...]
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], bytes]]:
-    """First voxel, chunk shape and stored bytes of each chunk, in row-major order of the chunks' grid.
+    store: Path, place: str, wanted: tuple[str, ...], names: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], bytes]]:
+    """Dataset, first voxel, chunk shape and stored bytes of each chunk of the `wanted` datasets of the file's `names`.
+
+    Dataset after dataset, each in row-major order of its chunks' grid.
 
     The bytes are read from the file as they lie there: HDF5 unpacks nothing. A damaged or hostile file makes
     h5py raise anything.
     """
     with h5py.File(store / place, "r", locking=False) as file:
-        found = _dataset(file, dataset, names)
-        shape, places = found.get_create_plist().get_chunk(), sorted(_chunks(found))
+        found = [_dataset(file, name, names) for name in wanted]
+        shapes = [dataset.get_create_plist().get_chunk() for dataset in found]
+        places = [sorted(_chunks(dataset)) for dataset in found]
     with os.fdopen(open_plain(store, place), "rb", buffering=0) as raw:
         most = os.fstat(raw.fileno()).st_size
-        for first, offset, size in places:
-            yield first, shape, os.pread(raw.fileno(), min(size, most), offset)
+        for name, shape, chunks in zip(wanted, shapes, places, strict=True):
+            for first, _, offset, size in chunks:
+                yield name, first, shape, os.pread(raw.fileno(), min(size, most), offset)
 
 
-def _chunks(dataset: h5py.h5d.DatasetID) -> list[tuple[tuple[int, ...], int, int]]:
-    places: list[tuple[tuple[int, ...], int, int]] = []
-    dataset.chunk_iter(lambda chunk: places.append((tuple(chunk.chunk_offset), chunk.byte_offset, chunk.size)))
+def unpack(stored: bytes, size: int) -> bytes | bytearray:
+    """The first `size` bytes of a deflated chunk, and never more; fewer where it holds fewer.
+
+    Raises
+    ------
+    BadFileError, zlib.error
+        No chunk of the format is as large, or the bytes aren't deflated ones.
+    """
+    most = math.prod(schema.VOLUME_CHUNK_IRC) * schema.ITEM_BYTES["float32"]
+    _require(0 < size <= most, "hdf5-chunks", f"chunks of {size} bytes, 1 to {most} expected")  # 0 is no bound to zlib
+    try:
+        return deflate.zlib_decompress(stored, size)
+    except deflate.DeflateError:  # what is cut, or longer than `size`: as far as it goes
+        return zlib.decompressobj().decompress(stored, size)
+
+
+def _chunks(dataset: h5py.h5d.DatasetID) -> list[Any]:
+    """First voxel, skipped filters, byte offset and size of each stored chunk."""
+    places: list[Any] = []
+    dataset.chunk_iter(places.append)
     return places
 
 
@@ -230,10 +254,11 @@ def _require_places(dataset: h5py.h5d.DatasetID, rows: int, crop_bytes: int) -> 
     """Crop k must lie at byte 4096 + k × crop bytes."""
     places = _chunks(dataset)
     _require(len(places) == rows, "hdf5-offset", f"{len(places)} crops have a place in the file, expected {rows}")
-    for (k, *_), offset, size in places:
-        expected = schema.DATA_OFFSET + k * crop_bytes
-        message = f"crop {k} lies at byte {offset} with {size} bytes, expected byte {expected} with {crop_bytes}"
-        _require((offset, size) == (expected, crop_bytes), "hdf5-offset", message)
+    for first, _, offset, size in places:
+        expected = schema.DATA_OFFSET + first[0] * crop_bytes
+        if offset != expected or size != crop_bytes:
+            where = f"crop {first[0]} lies at byte {offset} with {size} bytes"
+            _require(False, "hdf5-offset", f"{where}, expected byte {expected} with {crop_bytes}")
 
 
 def _require_heaps(raw: bytes) -> None:

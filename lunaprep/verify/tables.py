@@ -56,6 +56,13 @@ class Manifest:
     numbers: dict[str, Array]
     texts: dict[str, Coded]
 
+    def rows_by_scan(self, uids: list[str]) -> list[list[int]]:
+        """Return the rows that belong to each series."""
+        scan = self.texts["series_uid"].recode({uid: k for k, uid in enumerate(uids)})
+        order = np.argsort(scan, kind="stable")
+        ends = np.searchsorted(scan[order], np.arange(len(uids) + 1))
+        return [order[ends[k] : ends[k + 1]].tolist() for k in range(len(uids))]
+
     def crop(self, k: int) -> dict[str, Any]:
         """Return which crop row k is, as the optional fields of a finding."""
         return {

@@ -303,9 +303,8 @@ def check_windows(
 
 def continuous_irc(scans: list[dict[str, Any]], manifest: Manifest, scan: Ints) -> npt.NDArray[np.float64]:
     """Centres of all rows in voxels, (n, 3), slice row column; of a row without a scan, anything."""
-    to_index = np.array(
-        [np.linalg.inv(np.reshape(s["direction"], (3, 3))) / np.reshape(s["spacing"], (3, 1)) for s in scans]
-    )
+    to_xyz = np.array([s["direction"] for s in scans]).reshape(-1, 3, 3)
+    to_index = np.linalg.inv(to_xyz) / np.array([s["spacing"] for s in scans])[:, :, None]
     origin = np.array([s["origin"] for s in scans])
     xyz = np.stack([manifest.numbers[f"{axis}_mm"] for axis in "xyz"], axis=1)
     with np.errstate(all="ignore"):
