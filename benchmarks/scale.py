@@ -1,12 +1,12 @@
-"""What a large data set costs before and after the voxels: by simulation, up to 50 million candidates.
+"""What a large data set costs before and after the voxels: by simulation, 50 million candidates.
 
-    python benchmarks/scale.py [--candidates 500000 1500000 5000000] [--folder build/scale] [--read-only 50000000]
+    python benchmarks/scale.py [--candidates 500000 1500000 5000000 50000000] [--folder build/scale]
 
-Each size runs in a process of its own, 500 candidates a scan. It makes LUNA16's tables (random places, 1.3 nodules a
-scan), then runs the code of a build and of a training as it is, with scans that exist in memory only and receipts for
-shards that were never cut; the shards are sparse files, right in header and size. For each part: seconds, the peak
-of resident memory over what it began with, and between the largest two sizes the exponent (1 is linear). --read-only
-writes the manifest of a larger store in pieces, and measures what a reader of it needs.
+500 candidates a scan. Each size writes LUNA16's tables (random places, 1.3 nodules a scan), then runs the code of a
+build in one process and that of a training in another, as they are, with scans that exist in memory only and receipts
+for shards that were never cut; the shards are sparse files, right in header and size. For each part: processor seconds,
+the peak of the process's resident memory in all, and between the largest two sizes the exponents (1 is linear).
+50 million take 15 GB of memory, 8 GB of disk and some minutes.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.csv
 
 from lunaprep import schema
 from lunaprep.assemble import assemble
-from lunaprep.candidates import read_candidates
+from lunaprep.candidates import read_annotations, read_candidates
 from lunaprep.carried import carry_over
 from lunaprep.finished import SeenInputs, find_finished
 from lunaprep.geometry import Geometry
@@ -40,13 +40,14 @@ from lunaprep.sources.source import FoundScan, SourceData
 from lunaprep.store.reader import open_store
 from lunaprep.store.receipt import Receipt, ScanRecord, SlabRecord, receipt_bytes
 from lunaprep.store.shard import shard_header
-from lunaprep.store.tables import ROW_GROUP_ROWS, arrow_schema
 
 PER_SCAN = 500
 NODULES_PER_SCAN = 1.3
 SHAPE = (150, 512, 512)
 CROP = (32, 48, 48)
 BATCH = 256
+PIECE_SCANS = 2_000
+"""Scans whose rows are made at a time, so that making the tables takes no memory."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,18 @@ def memory(key: str) -> float:
 
 
 class Parts:
-    """Seconds and peak memory of each part."""
+    """Processor seconds and peak memory in all, MB, of each part."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, tuple[float, float, float]] = {}
+        self.figures: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Measure one."""
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew
-        before, start = memory("VmRSS"), time.process_time()
+        start = time.process_time()
         yield
-        self.figures[name] = time.process_time() - start, memory("VmHWM") - before, memory("VmHWM")
+        self.figures[name] = time.process_time() - start, memory("VmHWM")
         print(f"    {name}: {self.figures[name]}", file=sys.stderr)
 
 
@@ -87,37 +88,45 @@ def uid_of(number: int) -> str:
     return f"1.3.6.1.4.1.14519.5.2.1.6279.6001.{number * 7919 % 10**9:09d}{number:021d}"
 
 
-def tables(count: int, root: Path) -> SourceData:
-    """The tables of a data set that is nowhere."""
-    rng = np.random.default_rng(0)
-    uids = np.array([uid_of(i) for i in range(count // PER_SCAN)])
-    owner = np.sort(rng.integers(0, len(uids), count))
-    candidates = pd.DataFrame(
-        {
-            "candidate_id": np.arange(count),
-            "series_uid": pd.Series(pd.array(uids, dtype="str")).take(owner).reset_index(drop=True),
-            "x_mm": rng.uniform(0, 511, count).round(2),
-            "y_mm": rng.uniform(0, 511, count).round(2),
-            "z_mm": rng.uniform(0, 149, count).round(2),
-            "is_nodule": rng.random(count) < 0.002,
-        }
-    )
-    marks = candidates.iloc[np.sort(rng.choice(count, int(NODULES_PER_SCAN * len(uids)), replace=False))]
-    annotations = marks[["series_uid", "x_mm", "y_mm", "z_mm"]].reset_index(drop=True)
-    annotations = annotations.assign(annotation_id=np.arange(len(marks)), diameter_mm=rng.uniform(3, 30, len(marks)))
-    scans = tuple(MadeUp(uid, i % 10, root / f"subset{i % 10}/{uid}.mhd") for i, uid in enumerate(uids.tolist()))
+def write_tables(count: int, root: Path) -> None:
+    """candidates.csv and annotations.csv of a data set that is nowhere."""
+    scans = count // PER_SCAN
+    for name, columns in (("candidates", ("class",)), ("annotations", ("diameter_mm",))):
+        rng = np.random.default_rng(len(name))
+        with (root / f"{name}.csv").open("wb") as file:
+            for first in range(0, scans, PIECE_SCANS):
+                stop = min(first + PIECE_SCANS, scans)
+                share = 1.0 if name == "candidates" else NODULES_PER_SCAN / PER_SCAN
+                rows = round((stop - first) * PER_SCAN * share)
+                owner = np.sort(rng.integers(0, stop - first, rows))
+                last = (rng.random(rows) < 0.002) * 1 if name == "candidates" else rng.uniform(3, 30, rows).round(2)
+                table = {
+                    "seriesuid": pa.array([uid_of(i) for i in range(first, stop)]).take(pa.array(owner)),
+                    **{
+                        f"coord{axis}": rng.uniform(0, side, rows).round(2)
+                        for axis, side in zip("XYZ", (511, 511, 149), strict=True)
+                    },
+                    columns[0]: last,
+                }
+                how = pyarrow.csv.WriteOptions(include_header=not first, quoting_style="none")
+                pyarrow.csv.write_csv(pa.table(table), file, how)
+
+
+def found_source(count: int, root: Path, parts: Parts) -> SourceData:
+    """The data set, its tables as read."""
+    with parts.part("read candidates.csv"):
+        candidates = read_candidates(root / "candidates.csv").frame
+    assert len(candidates) == count
+    annotations = read_annotations(root / "annotations.csv").frame
+    uids = [uid_of(i) for i in range(count // PER_SCAN)]
+    scans = tuple(MadeUp(uid, i % 10, root / f"subset{i % 10}/{uid}.mhd") for i, uid in enumerate(uids))
     return SourceData(root, tuple(range(10)), scans, candidates, annotations, None, {}, (), ())
 
 
-def read_table(source: SourceData, folder: Path, parts: Parts) -> None:
-    """Write candidates.csv (not measured) and read it."""
-    path = folder / "candidates.csv"
-    rows = source.candidates[["series_uid", "x_mm", "y_mm", "z_mm"]].assign(label=source.candidates["is_nodule"] * 1)
-    names = dict(zip(rows, ("seriesuid", "coordX", "coordY", "coordZ", "class"), strict=True))
-    rows.rename(columns=names).to_csv(path, index=False)
-    with parts.part("read candidates.csv"):
-        assert len(read_candidates(path).frame) == len(source.candidates)
-    path.unlink()
+def tables(count: int, root: Path) -> SourceData:
+    """A data set that is nowhere."""
+    write_tables(count, root)
+    return found_source(count, root, Parts())
 
 
 def hole_bytes(rows: int, shape: tuple[int, int, int], dtype: str) -> int:
@@ -168,35 +177,40 @@ def write_store(files: dict[str, bytes], plan: Plan, receipts: list[Receipt], ou
         (out / schema.SHARDS_DIR / f"{receipt.shard_id}.json").write_bytes(receipt_bytes(receipt))
 
 
-def train_side(out: Path, parts: Parts) -> None:
+def train_side(count: int, folder: Path) -> dict[str, object]:
     """What a training does before its first step."""
     from lunatrain.mapping import open_crops
-    from lunatrain.sampling import Shuffled, row_labels, select_rows
+    from lunatrain.sampling import Shuffled, columns_of, row_labels, select_rows
 
+    parts, before = Parts(), memory("RssAnon")
     with parts.part("open_store: look at each shard"):
-        store = open_store(out)
-    with parts.part("read crops.parquet"):
-        manifest = store.manifest
+        store = open_store(folder / "store")
+    with parts.part("read what is needed of crops.parquet"):
+        manifest = store.columns(*columns_of("series", "is_nodule"))
     with parts.part("split, labels, first epoch's order"):
         rows = select_rows(manifest, "series", "train")
-        row_labels(manifest, rows)
+        labels = row_labels(manifest, rows)
         order = Shuffled(rows, 0).order(0)
     with parts.part("map all shards"):
         crops = open_crops(store)
     with parts.part("first batch's rows (256)"):
         crops.gather(order[:BATCH], np.empty((BATCH, *CROP), dtype=store.dtype))
+    pa.default_memory_pool().release_unused()
+    held = memory("RssAnon") - before
+    assert len(labels) == len(rows) == len(order) <= count
+    return {"parts": parts.figures, "sizes": {"a training's own memory, bytes a crop": held * 2**20 / count}}
 
 
-def measure(count: int, folder: Path) -> dict[str, object]:
-    """All parts for one size, in this process."""
+def build_side(count: int, folder: Path) -> dict[str, object]:
+    """What a build does besides cutting."""
     parts, out = Parts(), folder / "store"
     shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True)
-    source = tables(count, folder)
-    read_table(source, folder, parts)
-    parameters = Parameters()
+    write_tables(count, folder)
+    source = found_source(count, folder, parts)
+    (folder / "candidates.csv").unlink()
     with parts.part("plan"):
-        plan = make_plan(source, parameters, volumes=False, targets=True)
+        plan = make_plan(source, Parameters(), volumes=False, targets=True)
     receipts = receipts_of(plan)
     carried = carry_over(out, None, plan.source.subsets)
     with parts.part("tables, front doors, store.json"):
@@ -212,24 +226,19 @@ def measure(count: int, folder: Path) -> dict[str, object]:
     with parts.part("notes on seen scans, one writing"):
         seen.save()
     sizes = {"shards": len(plan.shards), "crops.parquet MB": len(new.files[schema.MANIFEST_FILE]) / 1e6}
-    sizes |= {
-        "store.json MB": len(new.files[schema.STORE_FILE]) / 1e6,
-        "rows MB": plan.rows.memory_usage(deep=True).sum() / 1e6,
-    }
-    del plan, new, finished, source, carried
-    train_side(out, parts)
-    shutil.rmtree(folder)
+    sizes |= {"store.json MB": len(new.files[schema.STORE_FILE]) / 1e6}
+    sizes |= {"planned rows, bytes a candidate": plan.rows.memory_usage(deep=True).sum() / count}
     return {"parts": parts.figures, "sizes": sizes}
 
 
-def print_tables(results: dict[int, dict], counts: list[int]) -> None:
+def print_tables(results: dict[int, dict[str, Any]], counts: list[int]) -> None:
     """Seconds, peaks and exponents."""
     last = counts[-2:]
     head = " | ".join(f"{count / 1e6:g} M: s | peak MB" for count in counts)
     print(f"\n| part | {head} | exponent, s | MB |\n|---|{'--:|--:|' * len(counts)}--:|--:|")
     for name in results[counts[0]]["parts"]:
         cells = [results[count]["parts"][name] for count in counts]
-        text = " | ".join(f"{s:.3f} | {peak:.0f}" for s, peak, _ in cells)
+        text = " | ".join(f"{s:.3f} | {peak:.0f}" for s, peak in cells)
         print(
             f"| {name} | {text} | {slope(last, [c[0] for c in cells[-2:]])} | "
             f"{slope(last, [c[1] for c in cells[-2:]])} |"
@@ -246,69 +255,26 @@ def slope(counts: list[int], values: list[float]) -> str:
     return f"{math.log(values[1] / values[0]) / math.log(counts[1] / counts[0]):.2f}"
 
 
-def write_manifest(count: int, path: Path) -> None:
-    """A crops.parquet of so many rows, row group by row group, as a build writes it."""
-    columns = arrow_schema([column for column in schema.MANIFEST_COLUMNS if not column.optional])
-    rng = np.random.default_rng(0)
-    per_shard = (1 << 30) // schema.crop_bytes(CROP, "int16")
-    with pq.ParquetWriter(path, columns, compression="zstd", write_page_checksum=True) as writer:
-        for first in range(0, count, ROW_GROUP_ROWS):
-            at = np.arange(first, min(first + ROW_GROUP_ROWS, count))
-            texts = {"series_uid": [uid_of(i) for i in (at // PER_SCAN).tolist()]}
-            texts |= {"shard_id": [f"subset{i % 10}-{i:03d}-0123456789ab" for i in (at // per_shard).tolist()]}
-            texts |= dict.fromkeys(("split_series", "split_candidate"), np.where(at % 10, "train", "val"))
-            arrays = []
-            for field in columns:
-                if field.name in texts:
-                    arrays.append(pa.array(texts[field.name], type=pa.string()))
-                elif field.name in ("patient_id", "is_malignant", "annotation_id"):
-                    arrays.append(pa.nulls(len(at), field.type))
-                elif pa.types.is_boolean(field.type):
-                    arrays.append(pa.array(rng.random(len(at)) < 0.002))
-                else:
-                    arrays.append(pa.array(rng.integers(0, 500, len(at))).cast(field.type))
-            writer.write_table(pa.Table.from_arrays(arrays, schema=columns))
-
-
-def read_only(count: int, folder: Path) -> dict[str, object]:
-    """What a reader of a larger store needs: its table, and its order of rows."""
-    from lunaprep.store.tables import read_table as read_parquet
-    from lunatrain.sampling import Shuffled, row_labels, select_rows
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    path, parts = folder / schema.MANIFEST_FILE, Parts()
-    write_manifest(count, path)
-    with parts.part("read crops.parquet"):
-        manifest = read_parquet(path, schema.MANIFEST_COLUMNS)
-    with parts.part("split, labels, first epoch's order"):
-        rows = select_rows(manifest, "series", "train")
-        row_labels(manifest, rows)
-        Shuffled(rows, 0).order(0)
-    sizes = {"crops.parquet MB": path.stat().st_size / 1e6}
-    shutil.rmtree(folder)
-    return {"parts": parts.figures, "sizes": sizes}
-
-
 def main() -> None:
     """Measure all sizes, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", type=int, nargs="+", default=[500_000, 1_500_000, 5_000_000])
-    parser.add_argument("--read-only", type=int, nargs="*", default=[])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[500_000, 1_500_000, 5_000_000, 50_000_000])
     parser.add_argument("--folder", type=Path, default=Path("build/scale"))
-    parser.add_argument("--child", choices=["measure", "read_only"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["build_side", "train_side"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(globals()[args.child](args.candidates[0], args.folder)))
         return
-    for child, counts in (("measure", args.candidates), ("read_only", args.read_only)):
-        results = {}
-        for count in counts:
+    results: dict[int, dict[str, Any]] = {}
+    for count in args.candidates:
+        results[count] = {"parts": {}, "sizes": {}}
+        for child in ("build_side", "train_side"):
             more = ["--child", child, "--candidates", str(count), "--folder", str(args.folder)]
             done = subprocess.run([sys.executable, __file__, *more], stdout=subprocess.PIPE, check=True, env=os.environ)
-            results[count] = json.loads(done.stdout)
-        if results:
-            print_tables(results, list(counts))
+            for name, figures in json.loads(done.stdout).items():
+                results[count][name] |= figures
+        shutil.rmtree(args.folder)
+    print_tables(results, list(args.candidates))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def assemble(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> NewSt
     parameters, counts = plan.parameters.to_json(), _counts(rows, scans)
     slabs = None
     if carried.has_slabs or any(receipt.slabs for receipt in receipts):
-        slabs = complete_slabs(_slab_rows(plan, receipts, carried), rows, scans, splits)
+        slabs = _slab_rows(plan, receipts, carried)
+        slabs = complete_slabs(slabs, _named(rows, slabs), scans, splits)
         tables[schema.SLABS_FILE] = table_bytes(slabs, schema.SLAB_COLUMNS)
         counts |= {"slabs": len(slabs), "slabs_positive": int(slabs["is_positive"].sum())}
     else:
@@ -84,11 +85,10 @@ def assemble(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> NewSt
 
 def _crop_rows(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> pd.DataFrame:
     """Rows of the manifest in shard order."""
-    parts = [
-        built_rows(rows, receipt) for rows, receipt in zip(_by_unit(plan.rows, len(receipts)), receipts, strict=True)
-    ]
-    empty = plan.rows[:0].assign(shard_id="", shard_row=0, xxh3=0)
-    return _in_order([*parts, *(group for _, group in carried.rows.groupby("shard_id"))], empty)
+    rows = built_rows(plan.rows, receipts)
+    if carried.rows.empty:
+        return rows
+    return _in_order([*_by_unit(rows, len(receipts)), *(group for _, group in carried.rows.groupby("shard_id"))], rows)
 
 
 def _slab_rows(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> pd.DataFrame:
@@ -97,6 +97,12 @@ def _slab_rows(plan: Plan, receipts: Sequence[Receipt], carried: Carried) -> pd.
     parts = [built_slabs(slabs, receipt) for slabs, receipt in units if receipt.slabs]
     empty = plan.slabs[:0].assign(shard_id="", shard_row=0, xxh3=0, mask_xxh3=0, num_mask_voxels=0, is_positive=False)
     return _in_order([*parts, *(group for _, group in carried.slabs.groupby("shard_id"))], empty)
+
+
+def _named(rows: pd.DataFrame, slabs: pd.DataFrame) -> pd.DataFrame:
+    """The crops that slabs may be of: nodules, and the candidates they name."""
+    crops = rows[rows["is_nodule"] | rows["candidate_id"].isin(slabs["candidate_id"].dropna())]
+    return crops[["candidate_id", "annotation_id", "is_nodule", "split_candidate"]].astype({"split_candidate": object})
 
 
 def _by_unit(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:

@@ -4,9 +4,8 @@ A bad row costs itself alone: it is reported with its line number and left out. 
 as a whole is a `TableError`.
 """
 
-import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 
-from lunaprep.errors import TableError
+from lunaprep.csv_rows import CsvRows, RowFault, read_rows
 
 XYZ = ("x_mm", "y_mm", "z_mm")
 MAX_ABS_MM = 1e5
@@ -26,20 +22,12 @@ MAX_ABS_MM = 1e5
 
 MAX_DIAMETER_MM = 500.0
 
+MATCH_ROWS = 1 << 18
+SORT_ROWS = 1 << 13
+"""Rows matched, or sorted, at a time, to stay in the cache."""
+
 _RATINGS = r"(\[[1-5](, ?[1-5])*\])?"
 _LUNA16_XYZ = {"coordX": "x_mm", "coordY": "y_mm", "coordZ": "z_mm"}
-
-
-@dataclass(frozen=True)
-class RowFault:
-    """One row of a table that was left out."""
-
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}: {self.reason}; the row is left out"
 
 
 @dataclass(frozen=True)
@@ -56,18 +44,19 @@ def read_candidates(path: Path) -> Table:
     Returns
     -------
     Table
-        Columns `candidate_id` (row in the file, from 0), `series_uid`, `x_mm`, `y_mm`, `z_mm`, `is_nodule`.
+        Columns `candidate_id` (row in the file, from 0), `series_uid` (categories in ascending order), `x_mm`, `y_mm`,
+        `z_mm`, `is_nodule`.
 
     Raises
     ------
     TableError
         Not such a table.
     """
-    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "class"))
-    places, checks = _places(raw)
-    label = raw.text["class"]
+    raw = read_rows(path, ("seriesuid", *_LUNA16_XYZ, "class"), coded=("seriesuid", "class"))
+    columns, checks = _places(raw)
+    label = raw.codes("class")
     checks.append((~label.isin(["0", "1"]), "class", "0 or 1"))
-    return _good_rows(raw, places.assign(is_nodule=label == "1"), checks, "candidate_id")
+    return _good_rows(raw, {**columns, "is_nodule": label == "1"}, checks, "candidate_id")
 
 
 def read_annotations(path: Path) -> Table:
@@ -84,13 +73,13 @@ def read_annotations(path: Path) -> Table:
     TableError
         Not such a table.
     """
-    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "diameter_mm"), ("subtype",))
-    places, checks = _places(raw)
-    frame = _with_diameter(raw, places, checks)
-    if "subtype" in raw.text:
-        subtype = raw.text["subtype"].str.strip()
-        frame = frame.assign(subtype=subtype.astype(object).where(subtype != "", None))
-    return _good_rows(raw, frame, checks, "annotation_id")
+    required = ("seriesuid", *_LUNA16_XYZ, "diameter_mm")
+    raw = read_rows(path, required, optional=("subtype",), coded=("seriesuid",))
+    columns, checks = _nodules(raw)
+    if "subtype" in raw.fields:
+        subtype = raw.text("subtype").str.strip()
+        columns["subtype"] = subtype.astype(object).where(subtype != "", None)
+    return _good_rows(raw, columns, checks, "annotation_id")
 
 
 def read_malignancy(path: Path) -> Table:
@@ -107,20 +96,20 @@ def read_malignancy(path: Path) -> Table:
     TableError
         Not such a table.
     """
-    raw = _read_rows(path, ("seriesuid", *_LUNA16_XYZ, "diameter_mm", "mal_bool"), ("patient_id", "mal_details"))
-    places, checks = _places(raw)
-    frame = _with_diameter(raw, places, checks)
-    flag = raw.text["mal_bool"].str.lower()
+    required = ("seriesuid", *_LUNA16_XYZ, "diameter_mm", "mal_bool")
+    raw = read_rows(path, required, optional=("patient_id", "mal_details"), coded=("seriesuid",))
+    columns, checks = _nodules(raw)
+    flag = raw.text("mal_bool").str.lower()
     checks.append((~flag.isin(["true", "false", "0", "1"]), "mal_bool", "True or False"))
-    frame = frame.assign(is_malignant=flag.isin(["true", "1"]))
-    if "patient_id" in raw.text:
-        frame = frame.assign(patient_id=raw.text["patient_id"])
-    if "mal_details" in raw.text:
-        details = raw.text["mal_details"].str.strip()
+    columns["is_malignant"] = flag.isin(["true", "1"])
+    if "patient_id" in raw.fields:
+        columns["patient_id"] = raw.text("patient_id")
+    if "mal_details" in raw.fields:
+        details = raw.text("mal_details").str.strip()
         checks.append((~details.str.fullmatch(_RATINGS), "mal_details", "ratings of 1 to 5 as [4, 2, 4]"))
         votes = [votes_text(int(k) for k in re.findall("[1-5]", text)) for text in details]
-        frame["malignancy_votes"] = pd.Series(votes, dtype=object)
-    return _good_rows(raw, frame, checks, "annotation_id")
+        columns["malignancy_votes"] = pd.Series(votes, dtype=object)
+    return _good_rows(raw, columns, checks, "annotation_id")
 
 
 def votes_text(ratings: Iterable[int]) -> str | None:
@@ -140,8 +129,8 @@ def read_patients(path: Path) -> tuple[dict[str, str], tuple[RowFault, ...]]:
     TableError
         Not such a table.
     """
-    raw = _read_rows(path, ("seriesuid", "patient_id"))
-    text = raw.text.apply(lambda column: column.str.strip())
+    raw = read_rows(path, ("seriesuid", "patient_id"))
+    text = pd.DataFrame({name: raw.text(name).str.strip() for name in raw.fields})
     named = text[text["patient_id"] != ""]
     first = text["seriesuid"].map(named.groupby("seriesuid")["patient_id"].first())
     checks: list[Check] = [
@@ -149,7 +138,7 @@ def read_patients(path: Path) -> tuple[dict[str, str], tuple[RowFault, ...]]:
         (text["patient_id"] == "", "patient_id", "a name"),
         (text["patient_id"] != first, "patient_id", "the patient named before for this series"),
     ]
-    table = _good_rows(raw, text, checks, "row")
+    table = _good_rows(raw, {str(name): column for name, column in text.items()}, checks, "row")
     return dict(zip(table.frame["seriesuid"], table.frame["patient_id"], strict=True)), table.faults
 
 
@@ -172,9 +161,18 @@ def match_annotations(points: pd.DataFrame, annotations: pd.DataFrame, rule: str
     ndarray, (n,) int64
         Position in `annotations`; -1 where there is none.
     """
+    best = np.full(len(points), -1, dtype=np.int64)
+    for first in range(0, len(points), MATCH_ROWS):  # piece by piece: what it takes on the way is ten times the rows
+        piece = points.iloc[first : first + MATCH_ROWS]
+        best[first : first + MATCH_ROWS] = _match(piece, annotations, rule)
+    return best
+
+
+def _match(points: pd.DataFrame, annotations: pd.DataFrame, rule: str) -> npt.NDArray[np.int64]:
     order, starts, counts = _group_by_series(annotations["series_uid"])
-    group = points["series_uid"].map(starts).fillna(-1).to_numpy(dtype=np.int64)
-    number = points["series_uid"].map(counts).fillna(0).to_numpy(dtype=np.int64)
+    codes, names = series_codes(points["series_uid"])
+    group = np.array([starts.get(name, -1) for name in names], dtype=np.int64)[codes]
+    number = np.array([counts.get(name, 0) for name in names], dtype=np.int64)[codes]
     xyz = points[list(XYZ)].to_numpy(dtype=np.float64)
     centers = annotations[list(XYZ)].to_numpy(dtype=np.float64)
     diameters = annotations["diameter_mm"].to_numpy(dtype=np.float64)
@@ -195,16 +193,62 @@ def match_annotations(points: pd.DataFrame, annotations: pd.DataFrame, rule: str
     return best
 
 
+def series_codes(uids: "pd.Series[Any]") -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Number of each row's series among the names that the column knows, and these names in ascending order."""
+    column = uids.astype("category").cat
+    names = column.categories.tolist()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    place = np.empty(len(names), dtype=np.int32)
+    place[order] = np.arange(len(names), dtype=np.int32)
+    return place[column.codes.to_numpy()], [names[number] for number in order]
+
+
+def order_by_groups(
+    groups: npt.NDArray[np.integer[Any]], keys: Callable[[npt.NDArray[np.int64]], Sequence[npt.NDArray[Any]]]
+) -> npt.NDArray[np.int64]:
+    """As `np.lexsort` by keys within groups: some groups at a time, so that it stays linear and needs little memory.
+
+    Parameters
+    ----------
+    groups : ndarray, (n,) int
+        Group of each row; the last key.
+    keys : callable
+        The other keys of the rows it is given, the first of them last, as `np.lexsort` has them.
+
+    Returns
+    -------
+    ndarray, (n,) int64
+        Rows in order.
+    """
+    order = np.argsort(groups, kind="stable").astype(np.int64, copy=False)
+    ends = np.append(np.flatnonzero(np.diff(groups[order])) + 1, len(order))  # of each group
+    first = 0
+    while first < len(order):
+        last = int(ends[np.searchsorted(ends, min(first + SORT_ROWS, len(order)))])
+        rows = order[first:last]
+        order[first:last] = rows[np.lexsort([*keys(rows), groups[rows]])]
+        first = last
+    return order
+
+
 def size_order(frame: pd.DataFrame) -> npt.NDArray[np.int64]:
     """Rows of a manifest from the largest nodule down: (is_nodule, diameter, series, centre) descending.
 
     Nodules and candidates without a diameter come after those with one, as if it were 0.
     """
-    series = pd.factorize(frame["series_uid"], sort=True)[0]
-    keys = [-frame[axis].to_numpy() for axis in reversed(XYZ)]
-    keys += [-series, -frame["diameter_mm"].fillna(0.0).to_numpy(), ~frame["is_nodule"].to_numpy(dtype=bool)]
-    # candidate_id settles exact ties, so that the order is the same whatever order the rows came in
-    return np.asarray(np.lexsort([frame["candidate_id"].to_numpy(), *keys]), dtype=np.int64)
+    series, _ = series_codes(frame["series_uid"])
+    number, xyz = frame["candidate_id"].to_numpy(), [frame[axis].to_numpy() for axis in reversed(XYZ)]
+    is_nodule, diameter = frame["is_nodule"].to_numpy(dtype=bool), frame["diameter_mm"].to_numpy(dtype=np.float64)
+    has_size = diameter > 0
+
+    def keys(rows: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        # candidate_id settles exact ties, so that the order is the same whatever order the rows came in
+        return [number[rows], *(-axis[rows] for axis in xyz)]
+
+    head, tail = np.flatnonzero(is_nodule | has_size), np.flatnonzero(~(is_nodule | has_size))
+    largest = [-np.where(has_size, diameter, 0.0)[head], ~is_nodule[head]]
+    head = head[np.lexsort([*keys(head), -series[head], *largest])]
+    return np.concatenate([head, tail[order_by_groups(-series[tail], lambda rows: keys(tail[rows]))]])
 
 
 def _group_by_series(uids: "pd.Series[str]") -> tuple[npt.NDArray[np.int64], dict[str, int], dict[str, int]]:
@@ -215,140 +259,46 @@ def _group_by_series(uids: "pd.Series[str]") -> tuple[npt.NDArray[np.int64], dic
     return order, dict(zip(names, starts, strict=True)), dict(zip(names, counts, strict=True))
 
 
-Check = tuple["pd.Series[bool]", str, str]
+Check = tuple[Any, str, str]
 """Which rows are bad, by which column, and what was expected there."""
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """All fields of a file as text, the line each row stands on, and the rows of another length."""
-
-    file: str
-    text: pd.DataFrame
-    lines: npt.NDArray[np.int64]
-    faults: list[RowFault]
+Columns = dict[str, Any]
+"""Columns of a table, by name."""
 
 
-def _read_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> _Rows:
-    data = _read_bytes(path)
-    names = _header(path, data)
-    missing = [name for name in columns if name not in names]
-    if missing or len(set(names)) != len(names):
-        what = f"has no column {', '.join(missing)}" if missing else "names a column twice"
-        got, expected = ",".join(names)[:80], ",".join(columns)
-        message = f"{path.name} {what}: got {got!r}, expected {expected}. Check that it is LUNA16's"
-        raise TableError(message)
-    misfits: list[tuple[int, int]] = []
-
-    def skip(row: Any) -> str:
-        misfits.append((row.number, row.actual_columns))
-        return "skip"
-
-    wanted = [*columns, *(name for name in optional if name in names)]
-    try:
-        table = pyarrow.csv.read_csv(
-            pa.BufferReader(data + b"\n"),
-            # one thread: only then does Arrow number the rows it refuses
-            read_options=pyarrow.csv.ReadOptions(
-                use_threads=False, block_size=1 << 24, column_names=names, skip_rows=1
-            ),
-            parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=skip),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), include_columns=wanted, strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowException as error:
-        reason = ascii(str(error).splitlines()[0][:120])[1:-1]
-        message = f"{path.name} cannot be read as CSV: {reason}. Fetch it again"
-        raise TableError(message) from error
-    text = pd.DataFrame({name: table[name].to_pandas() for name in wanted})
-    good, bad = _line_numbers(path, data, len(text), [number for number, _ in misfits])
-    faults = [
-        RowFault(path.name, line, f"{count} fields, expected {len(names)}")
-        for line, (_, count) in zip(bad, misfits, strict=True)
-    ]
-    return _Rows(path.name, text, good, faults)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes().rstrip(b"\r\n")
-    except OSError as error:
-        message = f"{path.name}: {error.strerror}. Name the file, or put it beside the subset folders"
-        raise TableError(message) from error
-
-
-def _header(path: Path, data: bytes) -> list[str]:
-    raw = data[: 1 << 16].split(b"\n", 1)[0]
-    try:
-        text = raw.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        message = f"{path.name} is not text (byte {error.start} of its first line). Fetch it again"
-        raise TableError(message) from error
-    if not text:
-        message = f"{path.name} is empty; expected a header line and rows. Fetch it again"
-        raise TableError(message)
-    try:
-        return [name.strip() for name in next(csv.reader([text], skipinitialspace=True))]
-    except csv.Error:
-        return [text]
-
-
-def _line_numbers(
-    path: Path, data: bytes, num_good: int, misfits: list[int]
-) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Lines (from 1, the header's) of the rows read, and of the misfits, whose numbers skip blank lines."""
-    if b"\n\n" in data or b"\n\r\n" in data:
-        filled = [n for n, line in enumerate(data.split(b"\n"), start=1) if line.strip(b"\r")]
-        lines = np.array(filled, dtype=np.int64)
-    else:
-        lines = np.arange(1, data.count(b"\n") + 2, dtype=np.int64)
-    if len(lines) != 1 + num_good + len(misfits):
-        message = (
-            f"{path.name}: {len(lines) - 1} lines give {num_good + len(misfits)} rows, so a quoted field or a lone "
-            "carriage return reaches across line ends. Mend the file"
-        )
-        raise TableError(message)
-    bad = lines[np.array(misfits, dtype=np.int64) - 1]
-    return np.setdiff1d(lines[1:], bad), bad.tolist()
-
-
-def _numbers(text: "pd.Series[str]") -> npt.NDArray[np.float64]:
-    """Parse a column; NaN where a field is not one."""
-    try:
-        return np.asarray(pc.cast(pa.array(text), pa.float64()).to_numpy(zero_copy_only=False))
-    except pa.ArrowInvalid:
-        return np.asarray(pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64))
-
-
-def _places(raw: _Rows) -> tuple[pd.DataFrame, list[Check]]:
+def _places(raw: CsvRows) -> tuple[Columns, list[Check]]:
     """`series_uid` and the centre of each row in mm, with the checks of both."""
-    uids = raw.text["seriesuid"].str.strip()
-    frame = pd.DataFrame({"series_uid": uids})
+    uids = raw.codes("seriesuid", strip=True)
+    columns: Columns = {"series_uid": uids}
     checks: list[Check] = [(uids == "", "seriesuid", "a series UID")]
     for theirs, ours in _LUNA16_XYZ.items():
-        frame[ours] = _numbers(raw.text[theirs])
-        checks.append((~(frame[ours].abs() <= MAX_ABS_MM), theirs, "a number of mm"))
-    return frame, checks
+        columns[ours] = raw.numbers(theirs)
+        checks.append((~(np.abs(columns[ours]) <= MAX_ABS_MM), theirs, "a number of mm"))
+    return columns, checks
 
 
-def _with_diameter(raw: _Rows, frame: pd.DataFrame, checks: list[Check]) -> pd.DataFrame:
-    diameter = pd.Series(_numbers(raw.text["diameter_mm"]))
+def _nodules(raw: CsvRows) -> tuple[Columns, list[Check]]:
+    """As `_places`, with `diameter_mm`."""
+    columns, checks = _places(raw)
+    diameter = raw.numbers("diameter_mm")
     checks.append((~((diameter > 0) & (diameter <= MAX_DIAMETER_MM)), "diameter_mm", "mm above 0"))
-    return frame.assign(diameter_mm=diameter)
+    uids = columns["series_uid"].astype("str")
+    return {**columns, "series_uid": uids, "diameter_mm": diameter}, checks
 
 
-def _good_rows(raw: _Rows, frame: pd.DataFrame, checks: list[Check], id_name: str) -> Table:
+def _good_rows(raw: CsvRows, columns: Columns, checks: list[Check], id_name: str) -> Table:
     """Drop the rows that fail a check, name the faults, number the rest by their place in the file."""
-    bad = np.zeros(len(frame), dtype=bool)
+    bad = np.zeros(len(raw.lines), dtype=bool)
     faults = list(raw.faults)
     for mask, column, expected in checks:
-        new = mask.to_numpy(dtype=bool) & ~bad
+        new = np.asarray(mask, dtype=bool) & ~bad
         for position in np.flatnonzero(new):
-            got = str(raw.text[column].iloc[position])[:40]
+            got = str(raw.fields[column][position].as_py())[:40]
             reason = f"{column} is {got!r}, expected {expected}"
             faults.append(RowFault(raw.file, int(raw.lines[position]), reason))
         bad |= new
-    frame = frame.assign(**{id_name: raw.lines - 2})
-    ordered = frame[[id_name, *(name for name in frame if name != id_name)]]
-    return Table(ordered[~bad].reset_index(drop=True), tuple(sorted(faults, key=lambda fault: fault.line)))
+    frame = pd.DataFrame({id_name: raw.lines - 2, **columns}, copy=False)
+    if bad.any():
+        frame = frame[~bad].reset_index(drop=True)
+    return Table(frame, tuple(sorted(faults, key=lambda fault: fault.line)))

@@ -67,8 +67,8 @@ def carry_over(out: Path, record: Mapping[str, Any] | None, planned: Collection[
     except StoreError as error:
         names = ", ".join(f"subset{number}" for number in sorted(keep))
         message = (
-            f"{out}: {str(error).split('. ')[0]}, so the rows of {names} are lost, and the data folder does not have "
-            "the scans. Put them back and build again, or choose another --out"
+            f"{out}: {str(error).split('. ')[0]}, so the rows of {names} cannot be kept, and the data folder does not "
+            "have the scans. Put them back and build again, or choose another --out"
         )
         raise StoreError(message) from error
     shards = tuple(shard for shard in record["shards"] if shard_place(shard["id"])[0] in keep)

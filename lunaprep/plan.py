@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ import xxhash
 from lunaprep import schema
 from lunaprep.crops import step_of
 from lunaprep.errors import ScanError
-from lunaprep.manifest import FIRST, START, plan_rows
+from lunaprep.manifest import START, PlannedRows, plan_rows
 from lunaprep.masks import MARGIN_MM, THRESHOLD_HU, TISSUE_HU, Nodule
 from lunaprep.parameters import Parameters
 from lunaprep.scans.open import open_scan
@@ -129,26 +128,21 @@ def make_plan(
     found = source.scans[:limit]
     scans, failed = _open_all(found, source.root)
     subset_of = {item.series_uid: item.subset for item in found}
-    rows, outside = plan_rows(source, parameters, scans)
-    num_absent = int((~source.candidates["series_uid"].isin(subset_of)).sum())
     dtype = _resolve_dtype(parameters, scans.values())
-    one = schema.crop_bytes(parameters.crop_shape, "float32" if parameters.resample_mm else dtype)
-    listed = source.candidates["series_uid"].value_counts()
-    jobs_of, slabs, notes = _jobs(source, parameters, scans, rows)
-    shards: list[ShardPlan] = []
-    for subset in sorted(set(subset_of.values())):
-        # packed by what the tables list, so that a scan that fails does not move the others
-        sizes = {uid: int(listed.get(uid, 0)) * one for uid in sorted(subset_of) if subset_of[uid] == subset}
-        for number, uids in enumerate(pack(sizes, parameters.shard_bytes)):
-            jobs = tuple(jobs_of[uid] for uid in uids if uid in scans)
-            if jobs:
-                place = f"subset{subset}-{number:03d}"
-                keys = _plan_key(parameters, dtype, jobs, place), _slabs_key(parameters, dtype, jobs, place)
-                shards.append(ShardPlan(subset, number, jobs, *keys))
-    unit_of = {job.scan.series_uid: unit for unit, shard in enumerate(shards) for job in shard.jobs}
-    rows = rows.assign(unit=rows["series_uid"].map(unit_of).astype("int64"), subset=rows["series_uid"].map(subset_of))
-    series = pd.factorize(rows["series_uid"], sort=True)[0]  # numbers sort faster than text
-    order = _row_order(rows, series, rows["unit"])
+    units = _pack_all(source, parameters, dtype, subset_of, scans)
+    planned = plan_rows(source, parameters, {uid: scans[uid] for _, _, uids in units for uid in uids})
+    jobs_of, slabs, notes = _jobs(source, parameters, scans, planned)
+    shards = []
+    for subset, number, uids in units:
+        jobs, place = tuple(jobs_of[uid] for uid in uids), f"subset{subset}-{number:03d}"
+        keys = _plan_key(parameters, dtype, jobs, place), _slabs_key(parameters, dtype, jobs, place)
+        shards.append(ShardPlan(subset, number, jobs, *keys))
+    counts = [shard.rows for shard in shards]
+    rows = planned.frame.assign(
+        unit=np.repeat(np.arange(len(shards), dtype=np.int32), counts),
+        subset=np.repeat(np.array([shard.subset for shard in shards], dtype=np.int16), counts),
+    )
+    unit_of = {uid: unit for unit, (_, _, uids) in enumerate(units) for uid in uids}
     slabs = slabs.assign(unit=slabs["series_uid"].map(unit_of).astype("int64"))
     return Plan(
         source=source,
@@ -156,12 +150,12 @@ def make_plan(
         dtype=dtype,
         volumes=volumes,
         targets=targets,
-        rows=rows.iloc[order].reset_index(drop=True),
+        rows=rows,
         slabs=slabs.iloc[slab_order(slabs, slabs["unit"].to_numpy())].reset_index(drop=True),
         shards=tuple(shards),
         failed=failed,
-        outside=outside,
-        num_absent=num_absent,
+        outside=planned.outside,
+        num_absent=int((~source.candidates["series_uid"].isin(subset_of)).sum()),
         notes=(*source.notes, *notes),
     )
 
@@ -206,6 +200,24 @@ def pack(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
+def _pack_all(
+    source: SourceData, parameters: Parameters, dtype: str, subset_of: Mapping[str, int], scans: Mapping[str, Scan]
+) -> list[tuple[int, int, list[str]]]:
+    """Subset, number and readable scans of each shard.
+
+    Packed by what the tables list, so that a scan that fails does not move the others.
+    """
+    one = schema.crop_bytes(parameters.crop_shape, "float32" if parameters.resample_mm else dtype)
+    listed = source.candidates["series_uid"].value_counts().to_dict()
+    units = []
+    for subset in sorted(set(subset_of.values())):
+        sizes = {uid: listed.get(uid, 0) * one for uid in sorted(subset_of) if subset_of[uid] == subset}
+        for number, uids in enumerate(pack(sizes, parameters.shard_bytes)):
+            if readable := [uid for uid in uids if uid in scans]:
+                units.append((subset, number, readable))
+    return units
+
+
 def _open_all(found: Sequence[FoundScan], root: Path) -> tuple[dict[str, Scan], tuple[FailedScan, ...]]:
     scans: dict[str, Scan] = {}
     failed: list[FailedScan] = []
@@ -229,21 +241,20 @@ def _resolve_dtype(parameters: Parameters, scans: Iterable[Scan]) -> str:
 
 
 def _jobs(
-    source: SourceData, parameters: Parameters, scans: Mapping[str, Scan], rows: pd.DataFrame
+    source: SourceData, parameters: Parameters, scans: Mapping[str, Scan], planned: PlannedRows
 ) -> tuple[dict[str, ScanJob], pd.DataFrame, tuple[str, ...]]:
     """What is to be done with each scan, the rows of all slabs, and a line for each lung mask that is of no use."""
     nodules = scan_nodules(source.annotations, scans, source.masks)
-    slabs = plan_slabs(source, parameters, scans, nodules, rows)
+    slabs = plan_slabs(source, parameters, scans, nodules, planned.frame)
     lungs, notes = _open_lungs(source.lungs, scans)
     mm = parameters.resample_mm
-    starts_of = _by_series(rows, FIRST if mm else START, _row_order)
-    slabs_of = _by_series(slabs, START, slab_order)
+    slabs_of = _slab_starts(slabs)
     jobs = {}
     for uid, scan in scans.items():
         source_key = {"header": scan.header_xxh3, "bytes": scan.data_bytes, "version": schema.FORMAT_VERSION}
         jobs[uid] = ScanJob(
             scan=scan,
-            starts=starts_of.get(uid, np.zeros((0, 3), dtype=np.float64 if mm else np.int64)),
+            starts=planned.starts[uid],
             slab_starts=slabs_of.get(uid, np.zeros((0, 3), dtype=np.int64)),
             nodules=tuple(nodules[uid].values()),
             lungs=lungs.get(uid),
@@ -254,18 +265,10 @@ def _jobs(
     return jobs, slabs, notes
 
 
-def _row_order(rows: pd.DataFrame, *units: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Order of the manifest's rows: the last unit first, then the other, then start, candidate."""
-    keys = [rows[name].to_numpy() for name in ("candidate_id", *reversed(START))]
-    return np.asarray(np.lexsort([*keys, *map(np.asarray, units)]))
-
-
-def _by_series(
-    rows: pd.DataFrame, names: Sequence[str], order: Callable[[pd.DataFrame, npt.ArrayLike], npt.NDArray[np.int64]]
-) -> dict[str, npt.NDArray[Any]]:
-    """Three columns of each series as an array, in order. One sort of all: pandas takes milliseconds a series."""
-    codes, uids = pd.factorize(rows["series_uid"])
-    values = rows[list(names)].to_numpy()[order(rows, codes)]
+def _slab_starts(slabs: pd.DataFrame) -> dict[str, npt.NDArray[np.int64]]:
+    """Where the slabs of each series begin, in order. One sort of all: pandas takes milliseconds a series."""
+    codes, uids = pd.factorize(slabs["series_uid"])
+    values = slabs[list(START)].to_numpy()[slab_order(slabs, codes)]
     bounds = np.cumsum([0, *np.bincount(codes, minlength=len(uids))])
     return {str(uid): values[start:stop] for uid, (start, stop) in zip(uids, pairwise(bounds), strict=True)}
 

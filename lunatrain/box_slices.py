@@ -213,7 +213,8 @@ def _read_scan(
 
 def _with_split(table: pd.DataFrame, store: Store) -> pd.DataFrame:
     """Each slice with its scan's part and fold; a scan that has no candidate is trained on."""
-    known = store.manifest.groupby("series_uid")[["split_series", "fold"]].first()
+    known = store.columns("series_uid", "split_series", "fold").drop_duplicates("series_uid").astype(object)
+    known = known.set_index("series_uid")
     subsets = store.scans.set_index("series_uid")["subset"]
     uids = table["series_uid"]
     part = uids.map(known["split_series"]).fillna("train")

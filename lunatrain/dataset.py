@@ -15,7 +15,7 @@ from lunaprep.errors import StoreError
 from lunaprep.store.reader import open_store
 from lunatrain.crop_sources import Rows
 from lunatrain.mapping import CropMap, Io, open_crops
-from lunatrain.sampling import row_labels
+from lunatrain.sampling import WHOLE, columns_of, row_labels
 
 Sample = tuple[torch.Tensor, int, int]
 
@@ -44,7 +44,7 @@ class CropDataset(Dataset[Sample]):
     def __init__(self, store: str | Path, rows: Rows | None = None, label: str = "is_nodule", io: Io = "auto") -> None:
         opened = open_store(store)
         self.rows = np.arange(len(opened), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)
-        self.labels = row_labels(opened.manifest, self.rows, label)
+        self.labels = row_labels(opened.columns(*columns_of(WHOLE, label)), self.rows, label)
         self._path = Path(store).absolute()
         self._store_id = str(opened.record["store_id"])
         self._io = io

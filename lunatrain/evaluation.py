@@ -22,7 +22,7 @@ from lunatrain.marks import read_annotations
 from lunatrain.models import prepare_for
 from lunatrain.report import worst_pictures, write_report
 from lunatrain.report_classes import write_class_report, wrong_pictures
-from lunatrain.sampling import Rows, select_rows
+from lunatrain.sampling import Rows, columns_of, select_rows
 from lunatrain.tasks.classify import in_batches, predict_classes
 from lunatrain.training import CLASSIFIERS, best_of, load_model, newest_run, pick_device, store_of
 
@@ -108,9 +108,9 @@ def run_evaluation(options: EvalOptions) -> Evaluated:
 
 def _of_two(judged: _Judged, target: str) -> Evaluation:
     options, store = judged.options, judged.store
-    rows = select_rows(store.manifest, judged.split, options.part, target)
+    rows = select_rows(store.columns(*columns_of(judged.split, target)), judged.split, options.part, target)
     return evaluate(
-        store.manifest.iloc[rows],
+        store.rows(rows),
         judged.predict(rows)[:, 1],
         label=target,
         annotations=read_annotations(options.annotations) if options.annotations else None,
@@ -126,11 +126,10 @@ def _of_classes(judged: _Judged, classes: tuple[str, ...]) -> ClassEvaluation:
         if getattr(options, name) is not None:
             message = f"--{name} is for the challenge's score, and there is none of a {SUBTYPE}. Leave it out"
             raise UsageError(message)
-    rows, notes = rows_of_classes(store.manifest, judged.split, options.part, classes)
+    manifest = store.columns(*columns_of(judged.split, SUBTYPE))
+    rows, notes = rows_of_classes(manifest, judged.split, options.part, classes)
     probability = judged.predict(rows)
-    return evaluate_classes(
-        store.manifest.iloc[rows], probability, classes, num_bootstrap=options.bootstrap, notes=notes
-    )
+    return evaluate_classes(store.rows(rows), probability, classes, num_bootstrap=options.bootstrap, notes=notes)
 
 
 def _facts(
@@ -178,8 +177,8 @@ def _store(options: EvalOptions, run: Path | None) -> Path:
 
 def _series(store: Store, split: str, part: str) -> list[str]:
     """All scans of a part, those without any candidate too: they count in FP per scan."""
-    rows = select_rows(store.manifest, split, part)
-    seen = set(store.manifest["series_uid"].iloc[rows])
+    manifest = store.columns(*columns_of(split, "series_uid"))
+    seen = set(manifest["series_uid"].iloc[select_rows(manifest, split, part)])
     if part == "all":
         seen |= set(store.scans[store.scans["status"] == "ok"]["series_uid"])
     return sorted(seen)

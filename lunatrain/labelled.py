@@ -10,7 +10,17 @@ import pandas as pd
 from lunaprep.store.reader import Store
 from lunatrain.config import SUBTYPE, TrainConfig
 from lunatrain.errors import UsageError
-from lunatrain.sampling import Mixed, Rows, Sampler, ShardShuffled, Shuffled, balanced, row_labels, select_rows
+from lunatrain.sampling import (
+    Mixed,
+    Rows,
+    Sampler,
+    ShardShuffled,
+    Shuffled,
+    balanced,
+    columns_of,
+    row_labels,
+    select_rows,
+)
 
 Labels = npt.NDArray[np.int64]
 
@@ -51,7 +61,8 @@ def find_examples(store: Store, config: TrainConfig) -> Examples:
     UsageError
         The store does not have the target, or its labels are all the same.
     """
-    return _kinds(store.manifest, config) if config.target == SUBTYPE else _true_or_false(store, config)
+    manifest = store.columns(*columns_of(config.split, config.target, "is_nodule"))
+    return _kinds(manifest, config) if config.target == SUBTYPE else _true_or_false(manifest, config)
 
 
 def order_of(store: Store, examples: Examples, config: TrainConfig) -> Sampler:
@@ -166,16 +177,16 @@ def _check_names(names: Sequence[str], label: str) -> None:
         raise UsageError(message)
 
 
-def _true_or_false(store: Store, config: TrainConfig) -> Examples:
-    rows = select_rows(store.manifest, config.split, "train", config.target)
-    val_rows = select_rows(store.manifest, config.split, "val", config.target)
-    labels = np.full(len(store), UNKNOWN, dtype=np.int64)
+def _true_or_false(manifest: pd.DataFrame, config: TrainConfig) -> Examples:
+    rows = select_rows(manifest, config.split, "train", config.target)
+    val_rows = select_rows(manifest, config.split, "val", config.target)
+    labels = np.full(len(manifest), UNKNOWN, dtype=np.int64)
     for known in (rows, val_rows):
-        labels[known] = row_labels(store.manifest, known, config.target)
+        labels[known] = row_labels(manifest, known, config.target)
     _check_both(labels, rows, val_rows, config)
     if config.with_others:
-        train = select_rows(store.manifest, config.split, "train")
-        others = train[(labels[train] == UNKNOWN) & ~store.manifest["is_nodule"].to_numpy(dtype=np.bool_)[train]]
+        train = select_rows(manifest, config.split, "train")
+        others = train[(labels[train] == UNKNOWN) & ~manifest["is_nodule"].to_numpy(dtype=np.bool_)[train]]
         labels[others] = OTHER
         rows = np.sort(np.concatenate([rows, others]))
     return Examples(rows, val_rows, labels)

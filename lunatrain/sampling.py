@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lunaprep.schema import MANIFEST_COLUMNS
 from lunatrain.config import SUBTYPE
 from lunatrain.errors import UsageError
 
@@ -24,13 +25,19 @@ WHOLE = "all"
 WINDOW_SHARDS = 4
 
 
+def columns_of(split: str, *labels: str) -> tuple[str, ...]:
+    """Columns of the manifest that `select_rows` and `row_labels` look at; what is unknown they will refuse."""
+    name = "fold" if split.startswith(FOLD_PREFIX) else SPLIT_COLUMNS.get(split)
+    return tuple(column.name for column in MANIFEST_COLUMNS if column.name in (name, *labels))
+
+
 def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None = None) -> Rows:
     """Rows of one part of a split.
 
     Parameters
     ----------
     manifest : DataFrame
-        crops.parquet.
+        crops.parquet, or of its columns those of `columns_of`.
     split : str
         'series' (a patient's scans stay together), 'candidate' (as the book; leaks), 'fold:K' (LUNA16's
         cross-validation: fold K is val, the others are train), or 'all' (every part is the whole: nothing is held out).
@@ -307,7 +314,8 @@ def _is_val(manifest: pd.DataFrame, split: str) -> npt.NDArray[np.bool_]:
 
 def _column(manifest: pd.DataFrame, label: str) -> "pd.Series[bool]":
     if label not in manifest or not (label.startswith("is_") or label == SUBTYPE):
-        known = ", ".join(str(name) for name in manifest if str(name).startswith("is_") or name == SUBTYPE)
+        names = (column.name for column in MANIFEST_COLUMNS)
+        known = ", ".join(name for name in names if name.startswith("is_") or name == SUBTYPE)
         message = f"the store has no label {label!r}, only {known}"
         raise UsageError(message)
     return manifest[label]

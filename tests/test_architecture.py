@@ -86,8 +86,8 @@ HOMES = {
     "joblib": ["lunaprep.parallel"],
     "distributed": ["lunaprep.cluster"],
     "filelock": ["lunaprep.store.commit"],
-    "deflate": ["lunaprep.store.volume"],
-    "isal": ["lunaprep.scans"],
+    "deflate": ["lunaprep.verify.structure"],
+    "isal": ["lunaprep.scans", "lunaprep.store.encoder"],
     "matplotlib": ["lunaprep.pictures", "lunatrain.plots", "lunatrain.segmentation_plots"],
     "click": [
         "lunaprep.cli",

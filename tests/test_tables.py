@@ -12,6 +12,7 @@ import pytest
 from lunaprep import schema
 from lunaprep.errors import NoSpaceError, StoreError
 from lunaprep.schema import MANIFEST_COLUMNS, SCAN_COLUMNS, Column
+from lunaprep.store import tables
 from lunaprep.store.files import write_file
 from lunaprep.store.tables import arrow_schema, read_table, table_bytes
 
@@ -110,6 +111,42 @@ def test_page_checksums_are_written(tmp_path, columns):
         path.write_bytes(spoilt)
         with pytest.raises(StoreError):
             read_table(path, columns)
+
+
+@pytest.mark.parametrize("count", [0, 7, 30])
+def test_row_groups_one_by_one_are_the_bytes_of_pyarrows_whole_table(monkeypatch, count):
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 7)
+    frame = frame_of(MANIFEST_COLUMNS, count)
+    wanted = arrow_schema([c for c in MANIFEST_COLUMNS if not c.optional or frame[c.name].notna().any()])
+    arrays = [pa.array(frame[f.name], type=f.type, from_pandas=f.nullable) for f in wanted]
+    whole = pa.BufferOutputStream()
+    how = {"row_group_size": 7, "compression": "zstd", "write_page_checksum": True}
+    pq.write_table(pa.Table.from_arrays(arrays, schema=wanted), whole, **how)
+    texts = [c.name for c in MANIFEST_COLUMNS if c.type == "string"]
+    coded = frame.astype(dict.fromkeys(texts, "category"))
+    assert table_bytes(frame, MANIFEST_COLUMNS) == table_bytes(coded, MANIFEST_COLUMNS) == whole.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_some_columns_and_some_rows_are_those_of_the_whole(monkeypatch, tmp_path, optional):
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 7)
+    frame, path = frame_of(MANIFEST_COLUMNS, 30), tmp_path / "t.parquet"
+    if not optional:
+        frame = frame.drop(columns=[c.name for c in MANIFEST_COLUMNS if c.optional])
+    path.write_bytes(table_bytes(frame, MANIFEST_COLUMNS))
+    whole = read_table(path, MANIFEST_COLUMNS)
+    names = ["split_series", "is_malignant", "subtype", "fold"]
+    some = read_table(path, MANIFEST_COLUMNS, names)
+    assert some.columns.tolist() == [name for name in whole if name in names]
+    assert isinstance(some["split_series"].dtype, pd.CategoricalDtype)
+    chosen = tuple(c for c in MANIFEST_COLUMNS if c.name in names)
+    assert rows_of(some, chosen) == rows_of(whole, chosen)
+    assert len(read_table(path, MANIFEST_COLUMNS, [])) == 30
+    for rows in ([], [0], [6, 7], [3, 13, 14, 29], range(30)):
+        got = read_table(path, MANIFEST_COLUMNS, rows=np.array(rows, dtype=np.int64))
+        pd.testing.assert_frame_equal(got, whole.iloc[list(rows)])
+    with pytest.raises(StoreError, match="fewer rows"):
+        read_table(path, MANIFEST_COLUMNS, rows=np.array([30]))
 
 
 @TABLES

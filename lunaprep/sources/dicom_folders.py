@@ -13,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from lunaprep.candidates import RowFault, read_annotations, read_candidates, votes_text
+from lunaprep.candidates import read_annotations, read_candidates, votes_text
+from lunaprep.csv_rows import RowFault
 from lunaprep.errors import ScanError, TableError, UsageError
 from lunaprep.masks import DrawnMask
 from lunaprep.scans.dicom import MODALITY, DicomScan, DicomSeries, describe, find_series

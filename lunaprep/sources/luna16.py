@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lunaprep.candidates import (
-    RowFault,
-    read_annotations,
-    read_candidates,
-    read_malignancy,
-    read_patients,
-)
+from lunaprep.candidates import read_annotations, read_candidates, read_malignancy, read_patients
+from lunaprep.csv_rows import RowFault
 from lunaprep.datasheet import load_sheet
 from lunaprep.errors import UsageError
 from lunaprep.scans.open import SUFFIXES

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lunaprep.candidates import RowFault
+from lunaprep.csv_rows import RowFault
 from lunaprep.masks import DrawnMask
 from lunaprep.scans.open import open_scan
 from lunaprep.scans.scan import Scan

@@ -1,5 +1,6 @@
 """Whether an HDF5 file of the store is built as the format says, before anything in it is believed."""
 
+import re
 import stat
 import traceback
 from collections.abc import Iterator
@@ -63,8 +64,10 @@ def _layout(path: Path, dataset: bytes) -> dict[str, Any]:
                     "filters": made.get_nfilters(),
                     "offset": found.get_chunk_info(0).byte_offset,
                 }
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError):
-        pass  # damaged inside, or no dataset
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        if _system_says(error):
+            raise _unreadable(path, error) from error
+        # else damaged inside, or no dataset
     finally:
         file.close()
     message = f"{path.name} has no plain chunked dataset /{dataset.decode()}. {ADVICE}"
@@ -105,8 +108,14 @@ def open_h5(path: Path) -> Any:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> StoreError:
-    reason = str(error).splitlines()[0][:120]
+def _system_says(error: Exception) -> str:
+    """What the system told HDF5, where it would not read: the file may well be whole."""
+    found = re.search(r"errno = [1-9]\d*, error message = '([^']*)'", str(error))
+    return found[1] if found else ""
+
+
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    reason = _system_says(error) or str(error).splitlines()[0][:120]
     return StoreError(f"{path.name} cannot be opened: {reason}. Run 'lunaprep verify'")
 
 
@@ -123,8 +132,9 @@ def plain_dataset(path: Path, h5: Any, name: str) -> Any:
             dataset = h5[name]
             if isinstance(dataset, h5py.Dataset) and not dataset.is_virtual and dataset.external is None:
                 return dataset
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError):
-        pass
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        if _system_says(error):
+            raise _unreadable(path, error) from error
     message = f"{path.name} has no plain dataset /{name}. {ADVICE}"
     raise StoreError(message)
 
@@ -165,6 +175,8 @@ def explained(path: Path) -> Iterator[None]:
         *_, innermost = traceback.walk_tb(error.__traceback__)
         if "h5py/" not in innermost[0].f_code.co_filename:
             raise
+        if _system_says(error):
+            raise _unreadable(path, error) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         message = f"{path.name} is damaged inside: {reason}. Run 'lunaprep verify'"
         raise StoreError(message) from error

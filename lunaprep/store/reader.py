@@ -144,7 +144,24 @@ class Store:
     @cached_property
     def manifest(self) -> pd.DataFrame:
         """crops.parquet: a row per crop, columns as `schema.MANIFEST_COLUMNS`."""
-        frame = self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS)
+        return self._manifest(None)
+
+    def columns(self, *names: str) -> pd.DataFrame:
+        """Some columns of `manifest`, texts as categories: a few bytes a row, where the whole takes hundreds.
+
+        Raises
+        ------
+        StoreError
+            The table is damaged.
+        """
+        return self._manifest(names)
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
+        """Some rows of `manifest`, ascending, with their index; the others are not held."""
+        return self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, rows=rows)
+
+    def _manifest(self, names: Sequence[str] | None) -> pd.DataFrame:
+        frame = self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, names)
         if len(frame) != len(self):
             message = f"{schema.MANIFEST_FILE} has {len(frame)} rows, expected {len(self)}. Run 'lunaprep verify'"
             raise StoreError(message)
@@ -315,9 +332,15 @@ class Store:
     def _file(self, name: str) -> Path:
         return inside(self.path, name)
 
-    def _table(self, name: str, columns: Sequence[schema.Column]) -> pd.DataFrame:
+    def _table(
+        self,
+        name: str,
+        columns: Sequence[schema.Column],
+        names: Sequence[str] | None = None,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> pd.DataFrame:
         try:
-            frame = read_table(self._file(name), columns)
+            frame = read_table(self._file(name), columns, names, rows)
         except StoreError as error:
             if self.is_replaced:
                 raise self._replaced() from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaprep import schema
-from lunaprep.errors import StoreError, UsageError
+from lunaprep.errors import DiskError, StoreError, UsageError
 from lunaprep.store.files import canonical_json, digest
 
 
@@ -30,17 +30,22 @@ def read_record(store: Path) -> dict[str, Any]:
     ------
     UsageError
         There is no store.
+    DiskError
+        The system would not read it.
     StoreError
         It is damaged, or of a format this version does not know.
     """
     path = store / schema.STORE_FILE
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         message = (
             f"{store} is no store: {schema.STORE_FILE}: {error.strerror}. Make one with 'lunaprep build --out {store}'"
         )
         raise UsageError(message) from error
+    except OSError as error:
+        message = f"{path} cannot be read: {error.strerror}. Look at the disk and at the rights on it"
+        raise DiskError(message) from error
     try:
         value = json.loads(data)
         said = value.pop("self_sha256")

@@ -65,7 +65,7 @@ def test_select_rows(split: str, part: str, label: str | None, expected: list[in
         ("random", "val", None, "split must be"),
         ("series", "test", None, "part must be one of train, val, all"),
         ("series", "val", "is_malignant", "no val crop of split series has is_malignant"),
-        ("series", "val", "is_round", "no label 'is_round', only is_nodule, is_malignant"),
+        ("series", "val", "is_round", "no label 'is_round', only is_padded, is_nodule, is_malignant"),
         ("series", "val", "fold", "no label 'fold'"),
     ],
 )
