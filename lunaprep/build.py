@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lunaprep.carried import SHARD_ID, carry_over, check_same_crops, store_subse
 from lunaprep.errors import NoSpaceError, StoreError, UsageError
 from lunaprep.finished import Finished, SeenInputs, find_finished
 from lunaprep.machine import available_bytes, default_workers, free_disk_bytes
-from lunaprep.parallel import Backend, Crew, run_tasks
+from lunaprep.parallel import Backend, Crew, run_tasks, spread
 from lunaprep.parameters import Parameters
 from lunaprep.plan import Plan, decide, make_plan
 from lunaprep.shard_work import ShardTask, staged_receipt, staged_volume, worker_bytes
@@ -137,8 +138,8 @@ def build(options: BuildOptions, parameters: Parameters) -> Account:
 def _old_record(out: Path) -> dict[str, Any] | None:
     """The store there is; None without one, or with one whose store.json is damaged (its shards have receipts)."""
     try:
-        return read_record(out) if (out / schema.STORE_FILE).exists() else None
-    except StoreError:
+        return read_record(out)
+    except (StoreError, UsageError):
         return None
 
 
@@ -169,7 +170,9 @@ def _read_data(options: BuildOptions, subsets: tuple[int, ...] | None, keep_note
         return read_data(options.source, options.data, subsets, options.tables)
     from lunaprep.scans.dicom_notes import HeaderNotes
 
-    notes = HeaderNotes(options.out / schema.WORK_DIR / HEADERS_FILE)
+    workers = (options.workers or default_workers()) if options.backend == "loky" else 1
+    read_many = partial(spread, workers=workers, what="headers", progress=options.progress)
+    notes = HeaderNotes(options.out / schema.WORK_DIR / HEADERS_FILE, read_many)
     source = read_data(options.source, options.data, subsets, options.tables, notes)
     if keep_notes:
         notes.save()

@@ -17,6 +17,10 @@ class ScanError(LunaprepError, ValueError):
     """One scan cannot be used. It is reported, recorded in scans.parquet and skipped."""
 
 
+class PassingScanError(ScanError):
+    """The system would not give one scan (I/O, rights, descriptors, memory): another try may help."""
+
+
 class TableError(LunaprepError, ValueError):
     """A CSV file as a whole cannot be used (a bad row is only reported, not raised)."""
 
@@ -26,7 +30,7 @@ class StoreError(LunaprepError, ValueError):
 
 
 class DiskError(LunaprepError, OSError):
-    """The disk of the store failed to write; no scan is to blame."""
+    """The disk of the store failed to read or write; no scan is to blame."""
 
 
 class NoSpaceError(DiskError):

@@ -6,10 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from lunaprep.cluster import run_on_cluster
 from lunaprep.errors import LunaprepError
+from lunaprep.scan_pass import KEPT
+from lunaprep.scans.open import first_paths
 from lunaprep.shard_work import KILLED, ShardTask, excluding, run_shard
 from lunaprep.store.receipt import Receipt
 
@@ -27,7 +29,15 @@ SLOW_S = 120.0
 MAX_BLIND_CRASHES = 3
 """How often workers may die before any scan can be blamed."""
 
+CHUNK_ITEMS = 128
+"""Items of quick work that a process is given at a time."""
+
+MIN_ITEMS = 512
+"""Of fewer the work is done before other processes have started."""
+
 Backend = Literal["loky", "dask"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,63 @@ def run_tasks(tasks: Sequence[ShardTask], crew: Crew, *, progress: bool) -> Iter
             yield receipt
 
 
+def spread(
+    work: Callable[[Sequence[Item]], list[Result]],
+    items: Sequence[Item],
+    workers: int,
+    *,
+    what: str,
+    progress: bool,
+) -> Iterator[Result]:
+    """Yield the results of quick work on many items, in their order.
+
+    Parameters
+    ----------
+    work : callable
+        Gives a result for each item of a list; it must be known to other processes by its name.
+    items : sequence
+        What to work on; few of them stay in this process.
+    workers : int
+        Processes.
+    what : str
+        Name of the bar.
+    progress : bool
+        Whether to show one on stderr.
+    """
+    chunks = [items[first : first + CHUNK_ITEMS] for first in range(0, len(items), CHUNK_ITEMS)]
+    is_many = len(items) >= MIN_ITEMS
+    with tqdm(total=len(items), unit="file", desc=what, disable=None if progress and is_many else True) as bar:
+        for part in _parts(work, chunks, workers if is_many else 1):
+            bar.update(len(part))
+            yield from part
+
+
+def _parts(
+    work: Callable[[Sequence[Item]], list[Result]], chunks: Sequence[Sequence[Item]], workers: int
+) -> Iterator[list[Result]]:
+    count = 0
+    if workers > 1:
+        pool = joblib.Parallel(workers, backend="loky", return_as="generator", batch_size=1, max_nbytes=None)
+        with suppress(TerminatedWorkerError):  # no memory for so many, perhaps: the rest is done here
+            for part in pool(joblib.delayed(_work_below)(work, chunk, os.getpid()) for chunk in chunks):
+                count += 1
+                yield part
+    yield from map(work, chunks[count:])
+
+
+def _work_below(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], parent: int) -> list[Result]:
+    """What a worker process does with a part of quick work."""
+    _end_with(parent)
+    return work(items)
+
+
 def _run_here(tasks: Mapping[str, ShardTask], workers: int) -> Generator[tuple[str, Receipt], None, None]:
     attempt = secrets.token_hex(8)  # half-written files of its own: a worker of a killed build may still be at work
-    pending = {name: replace(task, attempt=attempt) for name, task in tasks.items()}
+    soon = [first_paths(task.shard.jobs[0].scan) for task in [*tasks.values()][workers:]] + workers * [()]
+    pending = {
+        name: replace(task, attempt=attempt, ahead=ahead)
+        for (name, task), ahead in zip(tasks.items(), soon, strict=False)
+    }
     crashes = 0
     while pending:
         try:
@@ -93,10 +157,14 @@ def _run_here(tasks: Mapping[str, ShardTask], workers: int) -> Generator[tuple[s
 
 def _parallel(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[str, Receipt]]:
     if workers == 1:
-        yield from map(run_shard, tasks)
+        try:
+            yield from map(run_shard, tasks)
+        finally:
+            KEPT.clear()
         return
     # max_nbytes: joblib would hand large arrays over as read-only memory maps in temporary files
-    pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", max_nbytes=None)
+    # batch_size: it would give several quick shards to one worker while another has none
+    pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, max_nbytes=None)
     yield from pool(joblib.delayed(_run_below)(task, os.getpid()) for task in tasks)
 
 

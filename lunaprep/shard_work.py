@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lunaprep import schema
-from lunaprep.errors import DiskError, ScanError
+from lunaprep.errors import DiskError, PassingScanError, ScanError
 from lunaprep.scan_pass import (
     BATCHES,
     SLAB_SLICES,
@@ -20,6 +20,7 @@ from lunaprep.scan_pass import (
     crop_depth,
     pass_over,
 )
+from lunaprep.scans.open import fetch_ahead, first_paths
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_plan import ScanJob, ShardPlan
 from lunaprep.store.files import digest, hash_files, publish, write_file
@@ -51,6 +52,9 @@ class ShardTask:
     targets: bool = True
     excluded: tuple[tuple[str, str], ...] = ()
     """Series not to be touched, because they killed a worker before, and what to say of them."""
+
+    ahead: tuple[Path, ...] = ()
+    """Files that a shard begins with which is to be built soon after this one."""
 
     attempt: str = ""
     """Folder for the half-written files of this try alone, where another may still be at work on the same shard."""
@@ -183,8 +187,10 @@ def _cut_shard(task: ShardTask) -> Receipt:
             partial = task.scratch / f"{task.shard.name}.partial"
             crops = stack.enter_context(ShardWriter(partial, task.shard.rows, task.crop_shape, task.crop_dtype))
         slabs = _slab_writer(stack, task)
-        for count, job in enumerate(task.shard.jobs):
+        following = [*(first_paths(job.scan) for job in task.shard.jobs[1:]), task.ahead]
+        for count, (job, ahead) in enumerate(zip(task.shard.jobs, following, strict=True)):
             _say(task, count, job.scan.series_uid)
+            fetch_ahead(ahead)
             if job.scan.series_uid in excluded:
                 records.append(_failed(job.scan, excluded[job.scan.series_uid], retry=True))
             else:
@@ -209,7 +215,7 @@ def _take_scan(task: ShardTask, job: ScanJob, crops: ShardWriter | None, slabs: 
     except DiskError:  # the store's disk, not the scan
         raise
     except ScanError as error:
-        record = _failed(job.scan, str(error), retry=False)
+        record = _failed(job.scan, str(error), retry=isinstance(error, PassingScanError))
     except (OSError, MemoryError) as error:
         what = str(error) or "not enough memory"
         reason = f"{job.scan.path.name}: {what}. Run the same command again to try it once more"

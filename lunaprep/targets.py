@@ -9,7 +9,7 @@ import numpy.typing as npt
 import xxhash
 
 from lunaprep import schema
-from lunaprep.errors import ScanError
+from lunaprep.errors import PassingScanError, ScanError
 from lunaprep.geometry import Geometry
 from lunaprep.lungs import LungFinder, finder_bytes
 from lunaprep.masks import Mask, Nodule, NoduleRegion
@@ -107,7 +107,9 @@ class TargetMaker:
             try:
                 self._lungs = _read_lungs(given, geometry, hasher)
                 self._given_xxh3 = hasher.hexdigest()
-            except (ScanError, OSError, MemoryError) as error:
+            except PassingScanError:  # next time it may be there, and the store another
+                raise
+            except ScanError as error:
                 self._note = f"{error}; its lungs were computed"
         if self._lungs is None:
             self._lungs = LungFinder(geometry.shape_irc, geometry.spacing)

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import xxhash
 
 from lunaprep.build import BuildOptions, build, preview
+from lunaprep.parallel import CHUNK_ITEMS, MIN_ITEMS, spread
 from lunaprep.parameters import Parameters
-from lunaprep.scans import dicom_notes
+from lunaprep.scans import dicom_header
 from lunaprep.scans.dicom import find_series
 from lunaprep.scans.dicom_notes import HeaderNotes
 
@@ -110,7 +113,7 @@ def test_a_build_that_goes_on_reads_no_header_and_gives_the_same_bytes(folder, t
     build(options, PARAMETERS)
     first = files_of(tmp_path / "s")
     read = []
-    monkeypatch.setattr(dicom_notes, "read_header", lambda path, root: read.append(path.name))
+    monkeypatch.setattr(dicom_header, "read_header", lambda path, root: read.append(path.name))
     assert preview(options, PARAMETERS).scans == seen.scans
     build(options, PARAMETERS)
     assert set(read) == {"readme.txt"}
@@ -121,3 +124,28 @@ def test_a_build_that_goes_on_reads_no_header_and_gives_the_same_bytes(folder, t
     assert files_of(tmp_path / "s") == first
     build(BuildOptions(folder, tmp_path / "new", source="dicom", workers=1), PARAMETERS)
     assert files_of(tmp_path / "new") == first
+
+
+def test_headers_read_by_several_processes_are_the_same(folder, monkeypatch):
+    (folder / "a/003.dcm").write_bytes((folder / "a/003.dcm").read_bytes()[:-100])
+    (folder / "b/damaged.dcm").write_bytes(b"x" * 200)
+    monkeypatch.setattr("lunaprep.parallel.MIN_ITEMS", 2)
+    monkeypatch.setattr("lunaprep.parallel.CHUNK_ITEMS", 2)
+    plain = find_series(folder)
+    assert len(plain.faults) == 2
+    file = folder.parent / "headers.json"
+    notes = HeaderNotes(file, partial(spread, workers=2, what="headers", progress=False))
+    assert find_series(folder, notes) == plain
+    notes.save()
+    assert find_series(folder, HeaderNotes(file)) == plain
+
+
+def test_work_whose_processes_die_is_done_here():
+    here, numbers = os.getpid(), list(range(MIN_ITEMS + CHUNK_ITEMS))
+
+    def double(items):
+        if os.getpid() != here and numbers[-1] in items:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [2 * item for item in items]
+
+    assert list(spread(double, numbers, 2, what="", progress=False)) == [2 * number for number in numbers]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lunaprep.errors import NoSpaceError
+from lunaprep.store.files import start_writing
 from lunaprep.store.shard import ShardWriter, shard_header
 
 OFFSET = 4096
@@ -147,6 +148,30 @@ def test_rewound_crops_are_gone_without_a_trace(tmp_path):
         assert (*writer.finish(), writer.crop_xxh3) == whole
         writer.publish_as(tmp_path / "rewound.h5")
     assert (tmp_path / "rewound.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_crops_are_sent_to_the_disk_as_they_come_or_all_at_the_end(tmp_path, monkeypatch):
+    crops, wrong = random_crops(6, "int16"), random_crops(3, "int16", seed=1)
+    monkeypatch.setattr("lunaprep.store.files._sync_file_range", lambda: None)  # not on this system
+    whole = write(tmp_path / "whole.h5", crops)
+    monkeypatch.undo()
+    monkeypatch.setattr("lunaprep.store.shard.START_BYTES", 1)
+    asked: list[tuple[int, int]] = []
+
+    def start(fd: int, offset: int, count: int) -> None:
+        asked.append((offset, offset + count))
+        start_writing(fd, offset, count)
+
+    monkeypatch.setattr("lunaprep.store.shard.start_writing", start)
+    with ShardWriter(tmp_path / "p", 6, SMALL, "int16") as writer:
+        for part, keep in ((crops[:2], 2), (wrong, 2), (crops[2:4], 4), (crops[4:], 6)):
+            writer.append(part)
+            writer.rewind(keep)
+        assert (*writer.finish(), writer.crop_xxh3) == whole
+        writer.publish_as(tmp_path / "s.h5")
+    assert (tmp_path / "s.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    one, first = crops[0].nbytes, OFFSET
+    assert asked == [(0, first + 2 * one)] + [(first + a * one, first + b * one) for a, b in ((2, 5), (2, 4), (4, 6))]
 
 
 def test_rewinding_the_last_scan_shortens_the_file(tmp_path):

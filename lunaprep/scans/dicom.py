@@ -19,7 +19,7 @@ import xxhash
 from lunaprep.errors import ScanError
 from lunaprep.geometry import FloatArray, Geometry
 from lunaprep.scans import gate
-from lunaprep.scans.dicom_header import HeaderError, SliceHeader, read_header
+from lunaprep.scans.dicom_header import HeaderError, SliceHeader, read_headers
 from lunaprep.scans.dicom_notes import HeaderNotes
 from lunaprep.scans.gate import fault, shown
 from lunaprep.scans.scan import Scan
@@ -119,14 +119,13 @@ def find_series(folder: Path, notes: HeaderNotes | None = None) -> DicomFolder:
     known: dict[str, list[str]] = {}
     stray: dict[Path, list[str]] = {}
     num_other = 0
-    for path in _files(folder):
-        try:
-            header = notes.read(path, folder) if notes else read_header(path, folder)
-        except HeaderError as error:
-            if error.series_uid:
-                known.setdefault(error.series_uid, []).append(str(error))
+    paths = _files(folder)
+    for path, header in zip(paths, notes.read(paths, folder) if notes else read_headers(paths, folder), strict=True):
+        if isinstance(header, HeaderError):
+            if header.series_uid:
+                known.setdefault(header.series_uid, []).append(str(header))
             else:
-                stray.setdefault(path.parent, []).append(str(error))
+                stray.setdefault(path.parent, []).append(str(header))
             continue
         if header is not None:
             headers.setdefault(header.series_uid, []).append(header)

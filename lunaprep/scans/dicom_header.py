@@ -5,6 +5,7 @@ import math
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ class HeaderError(ScanError):
     def __init__(self, error: ScanError, series_uid: str | None) -> None:
         super().__init__(str(error))
         self.series_uid = series_uid
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeaderError, (ScanError(str(self)), self.series_uid)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,17 @@ def read_header(path: Path, root: Path) -> SliceHeader | None:
         return _facts(path, place, elements, start, size)
     except ScanError as error:
         raise HeaderError(error, elements.uid(SERIES_UID) if elements else None) from None
+
+
+def read_headers(paths: Sequence[Path], root: Path) -> list[SliceHeader | HeaderError | None]:
+    """As `read_header` of each file; an error stands in its place."""
+    found: list[SliceHeader | HeaderError | None] = []
+    for path in paths:
+        try:
+            found.append(read_header(path, root))
+        except HeaderError as error:
+            found.append(HeaderError(error, error.series_uid))  # a fresh one keeps no bytes alive
+    return found
 
 
 class Elements:

@@ -6,14 +6,16 @@ editing always moves. It is a hint: the pixels are read only from files whose he
 
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from lunaprep.scans.dicom_header import PixelFormat, SliceHeader, read_header
+from lunaprep.scans.dicom_header import HeaderError, PixelFormat, SliceHeader, read_headers
 
 METHOD = 1
 """Number of the way headers are read; notes of another one are of no use."""
@@ -26,6 +28,11 @@ _PIXELS = tuple(field.name for field in fields(PixelFormat))
 _SHARED = tuple(name for name in (*_HEADER, *_PIXELS) if name not in (*OWN, "path", "real_path", "num_bytes", "pixels"))
 
 
+Found = SliceHeader | HeaderError | None
+Spread = Callable[[Callable[[Sequence[Path]], list[Found]], Sequence[Path]], Iterable[Found]]
+"""Calls a function with parts of a list, on several processes perhaps; gives its results in order."""
+
+
 class HeaderNotes:
     """Reads headers, or recalls them; `save` keeps those of the files that were asked for.
 
@@ -33,10 +40,13 @@ class HeaderNotes:
     ----------
     file : Path
         Where the notes are; it may be missing, or damaged, and may be deleted at any time.
+    spread : Spread, optional
+        How headers that are not known are read; without it one after another.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, spread: Spread | None = None) -> None:
         self._file = file
+        self._spread = spread or (lambda work, paths: work(paths))
         self._new: dict[str, list[Any]] = {}
         self._groups: dict[tuple[Any, ...], int] = {}
         self.num_read = 0
@@ -49,19 +59,24 @@ class HeaderNotes:
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             self._old = {}
 
-    def read(self, path: Path, root: Path) -> SliceHeader | None:
-        """As `lunaprep.scans.dicom_header.read_header`."""
-        name, stamp = path.relative_to(root).as_posix(), _stamp(path)
-        old = self._old.get(name)
-        header = None
-        if stamp is not None and old is not None and old[:3] == stamp:
-            header = _recalled(path, old)
-        if header is None:
-            self.num_read += 1
-            header = read_header(path, root)
-        if header is not None and stamp is not None:
-            self._new[name] = [*stamp, *_own(header), self._group(header)]
-        return header
+    def read(self, paths: Sequence[Path], root: Path) -> list[Found]:
+        """As `lunaprep.scans.dicom_header.read_headers`."""
+        names = [path.relative_to(root).as_posix() for path in paths]
+        stamps = [_stamp(path) for path in paths]  # before any of them is read
+        found: list[Found] = [self._recall(*facts) for facts in zip(paths, names, stamps, strict=True)]
+        unknown = [k for k, header in enumerate(found) if header is None]
+        self.num_read += len(unknown)
+        fresh = self._spread(partial(read_headers, root=root), [paths[k] for k in unknown])
+        for k, header in zip(unknown, fresh, strict=True):
+            found[k] = header
+        for name, stamp, header in zip(names, stamps, found, strict=True):
+            if isinstance(header, SliceHeader) and stamp is not None:
+                self._new[name] = [*stamp, *_own(header), self._group(header)]
+        return found
+
+    def _recall(self, path: Path, name: str, stamp: tuple[int, int, int] | None) -> SliceHeader | None:
+        note = self._old.get(name)
+        return _recalled(path, note) if note is not None and note[:3] == stamp else None
 
     def save(self) -> None:
         """Write the notes, whole or not at all; without one, nothing. A disk that refuses them does no harm."""

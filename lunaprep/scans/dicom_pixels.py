@@ -156,7 +156,7 @@ def _file_bytes(item: SliceHeader, hasher: xxhash.xxh3_128 | None) -> bytes:
             try:
                 content = source.read(size) or b""
             except OSError as error:
-                raise fault(item.path, f"its voxels cannot be read: {gate.why(error)}") from None
+                raise gate.refused(item.path, "its voxels cannot be read", error) from None
     is_same = xxhash.xxh3_128_hexdigest(memoryview(content)[: item.pixels.start]) == item.header_xxh3
     if len(content) != item.num_bytes or not is_same:
         raise fault(item.path, "the file has changed since its header was checked; run the command again")

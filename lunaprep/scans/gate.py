@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from lunaprep.errors import ScanError
+from lunaprep.errors import PassingScanError, ScanError
 from lunaprep.geometry import Geometry
 
 MAX_SIDE = 4096
@@ -62,15 +62,15 @@ def fault(path: Path, text: str) -> ScanError:
     return ScanError(f"{path.name}: {text}")
 
 
+def refused(path: Path, text: str, error: OSError) -> PassingScanError:
+    """Error about a scan that the system would not give; `error` says why, its file name is left out."""
+    return PassingScanError(f"{path.name}: {text}: {(error.strerror or type(error).__name__).lower()}")
+
+
 def shown(value: object, limit: int = 40) -> str:
     """A foreign value fit for a line of text: quoted, ASCII, no control characters, cut short."""
     text = ascii(str(value))
     return text if len(text) <= limit else f"{text[: limit - 4]}...{text[0]}"
-
-
-def why(error: OSError) -> str:
-    """Reason of an operating system's error, without the file name."""
-    return (error.strerror or type(error).__name__).lower()
 
 
 def located(file: Path, root: Path, path: Path) -> Path:
@@ -83,7 +83,7 @@ def located(file: Path, root: Path, path: Path) -> Path:
     except FileNotFoundError:
         raise fault(path, f"{role} does not exist; {FETCH}") from None
     except OSError as error:
-        raise fault(path, f"{role} cannot be reached: {why(error)}") from None
+        raise refused(path, f"{role} cannot be reached", error) from None
     except RuntimeError:  # Python < 3.13
         raise fault(path, f"{role} cannot be reached: a symbolic link leads to itself") from None
     if not inside:
@@ -108,7 +108,7 @@ def open_plain(file: Path, path: Path) -> tuple[int, int]:
             raise fault(path, f"{role} is no regular file (a folder, link, pipe or device)")
         fd = os.open(file, flags)
     except OSError as error:
-        raise fault(path, f"{role} cannot be opened: {why(error)}") from None
+        raise refused(path, f"{role} cannot be opened", error) from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
@@ -130,7 +130,7 @@ def read_start(file: Path, path: Path, limit: int) -> tuple[bytes, int]:
         try:
             return source.read(limit), size
         except OSError as error:
-            raise fault(path, f"the file cannot be read: {why(error)}") from None
+            raise refused(path, "the file cannot be read", error) from None
 
 
 def landed(path: Path) -> Path:
@@ -222,7 +222,7 @@ def _chunks(path: Path, fd: int, offset: int, hasher: xxhash.xxh3_128 | None) ->
         try:
             chunk = os.read(fd, STEP_BYTES)
         except OSError as error:
-            raise fault(path, f"its voxels cannot be read: {why(error)}") from None
+            raise refused(path, "its voxels cannot be read", error) from None
         if not chunk:
             return
         if hasher is not None:

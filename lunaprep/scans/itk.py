@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lunaprep.errors import ScanError
+from lunaprep.errors import PassingScanError, ScanError
 from lunaprep.geometry import Geometry
 from lunaprep.scans import gate, metaimage, nifti
 from lunaprep.scans.gate import Layout, fault, shown
@@ -87,7 +87,7 @@ def _read_meta(scan: Scan, header: metaimage.MetaHeader) -> Any:
             ours.write_text(metaimage.canonical_text(header, stored, "scan.raw"), encoding="ascii")
             return _execute(scan.path, ours, "MetaImageIO")
     except OSError as error:
-        raise fault(scan.path, f"no temporary folder to decode it: {gate.why(error)}; set TMPDIR") from None
+        raise gate.refused(scan.path, "no temporary folder (TMPDIR) to decode it", error) from None
 
 
 def _same_header(scan: Scan, xxh3: str) -> None:
@@ -123,6 +123,8 @@ def _execute(path: Path, file: Path, image_io: str) -> Any:
 
 def _refused(path: Path, error: RuntimeError) -> ScanError:
     """Error of ours for one of SimpleITK's, which run over many lines."""
+    if "allocate memory" in str(error):
+        return PassingScanError(f"{path.name}: not enough memory to decode it")
     last = str(error).strip().rpartition("ITK ERROR: ")[2]
     return fault(path, f"SimpleITK cannot read it: {shown(last, 100)}")
 

@@ -3,7 +3,8 @@
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lunaprep.scans.scan import Scan
 
 SUFFIXES = (".mhd", ".mha", ".nii.gz")
 """What a scan's file may be called after its series UID."""
+
+AHEAD_BYTES, AHEAD_FILES = 16 << 20, 32
+"""How much of the next scan is fetched ahead, in how many files at most: about its first 32 slices."""
 
 SERIES_UID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 
@@ -110,6 +114,25 @@ def iter_slabs(scan: Scan, num_slices: int, hasher: xxhash.xxh3_128 | None = Non
         yield slab
 
 
+def fetch_ahead(paths: Sequence[Path]) -> None:
+    """Let the disk begin to fetch what a scan begins with, as `first_paths` names it; nothing is waited for.
+
+    What is wrong with the files is found when they are read.
+    """
+    for path in paths:
+        with suppress(ScanError, OSError):
+            fd, _ = gate.open_plain(path, path)
+            try:
+                os.posix_fadvise(fd, 0, AHEAD_BYTES // len(paths), os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
+
+
+def first_paths(scan: Scan) -> tuple[Path, ...]:
+    """Files that hold the first slices of a scan."""
+    return scan.data_paths[:AHEAD_FILES]
+
+
 def _reader_of(scan: Scan) -> Callable[[Any, int, xxhash.xxh3_128 | None], Iterator[npt.NDArray[Any]]]:
     """Generator of slabs for a scan's kind of storage."""
     if scan.reader == "dicom":
@@ -154,6 +177,7 @@ def _mapped(scan: Scan, num_slices: int, hasher: xxhash.xxh3_128 | None) -> Iter
     slice_bytes = rows * columns * stored.itemsize
     pages = _map(scan, depth * slice_bytes)
     page = mmap.PAGESIZE
+    pages.madvise(mmap.MADV_WILLNEED, 0, min(num_slices, depth) * slice_bytes)  # before the second slab is asked for
     for start in range(0, depth, num_slices):
         stop = min(start + num_slices, depth)
         offset, length = start * slice_bytes, (stop - start) * slice_bytes
@@ -186,7 +210,7 @@ def _map(scan: Scan, num_bytes: int) -> mmap.mmap:
             raise gate.wrong_size(scan.path, size, num_bytes)
         pages = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     except OSError as error:
-        raise fault(scan.path, f"its voxels cannot be mapped: {gate.why(error)}") from None
+        raise gate.refused(scan.path, "its voxels cannot be mapped", error) from None
     finally:
         os.close(fd)
     pages.madvise(mmap.MADV_SEQUENTIAL)

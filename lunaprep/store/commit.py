@@ -117,7 +117,7 @@ def version_of(out: Path) -> Version | None:
         return None
     try:
         stat = (out / schema.STORE_FILE).stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 

@@ -1,7 +1,7 @@
 """A shard's receipt: what went into it, what became of each scan, and a checksum for each crop."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,17 @@ OPTIONAL = ("slabs", "lungs", "masks_key")
 
 def receipt_bytes(receipt: Receipt) -> bytes:
     """The receipt's file."""
-    return canonical_json(asdict(receipt, dict_factory=_without_optional))
+    return canonical_json(_plain(receipt))
 
 
-def _without_optional(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if value is not None or key not in OPTIONAL}
+def _plain(value: Any) -> Any:
+    """As `dataclasses.asdict`, which would copy the checksum of every crop for itself."""
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return [_plain(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    items = ((field.name, getattr(value, field.name)) for field in fields(value))
+    return {name: _plain(item) for name, item in items if item is not None or name not in OPTIONAL}
 
 
 def receipt_from_bytes(data: bytes) -> Receipt | None:

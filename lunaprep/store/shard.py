@@ -17,7 +17,10 @@ import numpy.typing as npt
 import xxhash
 
 from lunaprep import schema
-from lunaprep.store.files import BLOCK_BYTES, explain_disk, open_partial, publish, write_all
+from lunaprep.store.files import BLOCK_BYTES, explain_disk, open_partial, publish, start_writing, write_all
+
+START_BYTES = 8 << 20
+"""Crops are sent to the disk by so much, while the next are cut; the flush at the end then has little to wait for."""
 
 
 class _HeaderFile:
@@ -122,6 +125,7 @@ class ShardWriter:
         # the hash of the file as planned grows with the crops; a scan that fails spoils it, see `finish`
         self._header = shard_header(num_rows, crop_shape, dtype, dataset)
         self._planned = num_rows
+        self._started = 0
         self._sha256: Any = hashlib.sha256(self._header)
         self._fd = open_partial(partial)
         try:
@@ -153,14 +157,22 @@ class ShardWriter:
         assert crops.dtype == self.dtype
         assert crops.flags.c_contiguous
         data = memoryview(crops.reshape(-1).view(np.uint8).data)
+        offset = schema.DATA_OFFSET + self.num_rows * self._crop_bytes
         try:
-            write_all(self._fd, data, schema.DATA_OFFSET + self.num_rows * self._crop_bytes)
+            write_all(self._fd, data, offset)
         except OSError as error:
             raise explain_disk(error, self.partial) from error
+        self._start_writing(offset, offset + data.nbytes)
         if self._sha256 is not None:
             self._sha256.update(data)
         for start in range(0, data.nbytes, self._crop_bytes):
             self.crop_xxh3.append(xxhash.xxh3_64_hexdigest(data[start : start + self._crop_bytes]))
+
+    def _start_writing(self, offset: int, stop: int) -> None:
+        self._started = min(self._started, offset)  # less only after a scan that failed
+        if stop - self._started >= START_BYTES:
+            start_writing(self._fd, self._started, stop - self._started)
+            self._started = stop
 
     def finish(self) -> tuple[int, str]:
         """Write the header and flush to the disk; return the file's size and SHA-256."""
