@@ -13,6 +13,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 from book import Book, add_arguments
 from build_speed import SIZE, drop_caches, ours
@@ -51,7 +52,7 @@ def main() -> None:
         book.clear_cache()
         drop_caches(data)
         seconds: float = book.run("prepcache", workers=workers)["seconds"]
-        return seconds / args.scans
+        return seconds / int(args.scans)
 
     def lunaprep(workers: int, volumes: bool) -> float:
         drop_caches(data)
@@ -60,11 +61,11 @@ def main() -> None:
     lunaprep(max(PROCESSES), volumes=True)  # starts the workers
     ways: dict[str, Callable[[], float]] = {}
     for count in args.workers:
-        ways[f"book's prepcache, {count} workers"] = lambda n=count: theirs(n)
+        ways[f"book's prepcache, {count} workers"] = partial(theirs, count)
     books = list(ways)
     for count in PROCESSES:
-        ways[f"lunaprep, crops alone, {count}"] = lambda n=count: lunaprep(n, volumes=False)
-        ways[f"lunaprep, crops, volumes and targets, {count}"] = lambda n=count: lunaprep(n, volumes=True)
+        ways[f"lunaprep, crops alone, {count}"] = partial(lunaprep, count, volumes=False)
+        ways[f"lunaprep, crops, volumes and targets, {count}"] = partial(lunaprep, count, volumes=True)
     times = alternate(ways, args.rounds)
     print(f"{args.scans} scans 512x512x250, {NUM_CANDIDATES} candidates each, {args.rounds} rounds\n")
     medians = show(times, books)

@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,12 @@ def main() -> None:
         data = args.folder / "book-detect"
         write_phantom(data, 1, 11, SIZE, hard=True, num_subsets=1)
     book = Book(args, data, args.threads)
-    ways = {f"book, {count} workers": lambda n=count: theirs(book, n) for count in args.workers}
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        f"book, {count} workers": partial(theirs, book, count) for count in args.workers
+    }
     books = list(ways)
-    ways["lunatrain"] = lambda: ours(book, data, DetectOptions.max_candidates)
-    ways["lunatrain, all candidates"] = lambda: ours(book, data, NO_LIMIT)
+    ways["lunatrain"] = partial(ours, book, data, DetectOptions.max_candidates)
+    ways["lunatrain, all candidates"] = partial(ours, book, data, NO_LIMIT)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for _ in range(args.rounds):
         for name, way in ways.items():

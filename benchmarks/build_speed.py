@@ -1,6 +1,7 @@
 """How fast `lunaprep build` is, against reading the scans once and writing the same bytes once.
 
-    python benchmarks/build_speed.py [--folder build/bench] [--scans 8] [--rounds 5]
+    python benchmarks/build_speed.py [--folder build/bench] [--scans 8] [--rounds 5] [--size 250 512 512]
+                                     [--candidates 600]
 
 Makes phantom scans of LUNA16's size (512x512x250, 600 candidates each), then, in alternating rounds with the
 scans dropped from the page cache: the limit (read each raw once, write as many bytes as the store has, fsync), the
@@ -17,10 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
-import deflate
 import h5py
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its own name for itself
@@ -29,7 +31,7 @@ from lunaprep.build import BuildOptions, build
 from lunaprep.parameters import Parameters
 from lunaprep.schema import volume_chunk
 from lunaprep.sources.phantom import write_phantom
-from lunaprep.store.volume import DEFLATE_LEVEL
+from lunaprep.store.encoder import deflate
 
 SIZE = (250, 512, 512)
 NUM_CANDIDATES = 600
@@ -59,17 +61,17 @@ def copy_bytes(raw: Path, target: Path, sizes: list[int]) -> None:
         os.close(fd)
 
 
-def limit(raws: list[Path], out: Path, sizes: list[int], workers: int, pools: dict) -> float:
-    """Seconds a scan to read and write the bytes and nothing else."""
+def limit(raws: list[Path], out: Path, sizes: list[int], pool: Pool | None) -> float:
+    """Seconds a scan to read and write the bytes and nothing else, in this process or in a pool's."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     jobs = [(raw, out / raw.stem, sizes) for raw in raws]
     start = time.perf_counter()
-    if workers == 1:
+    if pool is None:
         for job in jobs:
             copy_bytes(*job)
     else:
-        pools[workers].starmap(copy_bytes, jobs, chunksize=1)
+        pool.starmap(copy_bytes, jobs, chunksize=1)
     return (time.perf_counter() - start) / len(raws)
 
 
@@ -91,7 +93,7 @@ def plain(raw: Path, out: Path, num_crops: int) -> float:
         crops = h5.create_dataset("crops", (num_crops, 32, 48, 48), "f4", chunks=(1, 32, 48, 48), compression="gzip")
         rng = np.random.default_rng(0)
         for row in range(num_crops):
-            i, r, c = (int(rng.integers(0, n - w)) for n, w in zip(array.shape, (32, 48, 48), strict=True))
+            i, r, c = (int(rng.integers(0, n - w + 1)) for n, w in zip(array.shape, (32, 48, 48), strict=True))
             crops[row] = array[i : i + 32, r : r + 48, c : c + 48]
         h5.create_dataset("hu", data=array, compression="gzip", chunks=volume_chunk(array.shape))
     return time.perf_counter() - start
@@ -111,7 +113,7 @@ def encoder(store: Path) -> float:
                 planes.append(values.reshape(-1).view(np.uint8).reshape(-1, 4).T.copy())
     start = time.perf_counter()
     for plane in planes:
-        deflate.zlib_compress(plane, DEFLATE_LEVEL)
+        deflate(plane)
     return time.perf_counter() - start
 
 
@@ -139,36 +141,33 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
     return int(done.stdout)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
-    parser.add_argument("--scans", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    data, out = args.folder / "data", args.folder / "out"
-    write_phantom(data, args.scans, 3, SIZE, num_candidates=NUM_CANDIDATES, num_subsets=2)
+def compare(args: argparse.Namespace, data: Path, out: Path) -> dict[str, list[float]]:
+    """Seconds a scan of the limits and the builds in each round; prints what a scan's bytes are."""
     raws = sorted(data.rglob("*.raw"))
     ours(data, out, 2, volumes=True)  # starts the workers, and tells the sizes
     crops = sum(path.stat().st_size for path in out.glob("crops/*.h5")) // len(raws)
     volume = sum(path.stat().st_size for path in out.glob("volumes/*/*.h5")) // len(raws)
-    pools = {2: get_context("spawn").Pool(2)}
-    ways: dict[str, Callable[[], float]] = {}
-    for workers in (1, 2):
-        ways[f"limit, crops, {workers}"] = lambda w=workers: limit(raws, out, [crops], w, pools)
-        ways[f"build, crops, {workers}"] = lambda w=workers: ours(data, out, w, volumes=False)
-        ways[f"limit, volumes, {workers}"] = lambda w=workers: limit(raws, out, [crops, volume], w, pools)
-        ways[f"build, volumes, {workers}"] = lambda w=workers: ours(data, out, w, volumes=True)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            drop_caches(data)
-            times[name].append(way())
-    ours(data, out, 2, volumes=True)
-    encode_s = encoder(out)
-    print(f"{args.scans} scans 512x512x250, {NUM_CANDIDATES} candidates each, cold input, fsync'ed output")
+    shape = "x".join(map(str, (*args.size[1:], args.size[0])))
+    print(f"{args.scans} scans {shape}, {args.candidates} candidates each, cold input, fsync'ed output")
     raw_bytes = raws[0].stat().st_size
     print(f"bytes a scan: raw {raw_bytes / 1e6:.0f} MB, crops {crops / 1e6:.0f} MB, volume {volume / 1e6:.0f} MB\n")
+    with get_context("spawn").Pool(2) as two:
+        ways: dict[str, Callable[[], float]] = {}
+        for workers, pool in ((1, None), (2, two)):
+            ways[f"limit, crops, {workers}"] = partial(limit, raws, out, [crops], pool)
+            ways[f"build, crops, {workers}"] = partial(ours, data, out, workers, volumes=False)
+            ways[f"limit, volumes, {workers}"] = partial(limit, raws, out, [crops, volume], pool)
+            ways[f"build, volumes, {workers}"] = partial(ours, data, out, workers, volumes=True)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                drop_caches(data)
+                times[name].append(way())
+    return times
+
+
+def print_table(times: dict[str, list[float]]) -> None:
+    """Medians, bests, and how near each build comes to its limit."""
     print("| what, processes | s/scan median | best | limit / build (medians) | (best) |")
     print("|---|--:|--:|--:|--:|")
     for name, values in times.items():
@@ -179,12 +178,29 @@ def main() -> None:
         else:
             row += " | |"
         print(row)
-    slow = plain(raws[0], out / "plain.h5", NUM_CANDIDATES)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    parser.add_argument("--scans", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, nargs=3, default=SIZE, help="slices, rows, columns")
+    parser.add_argument("--candidates", type=int, default=NUM_CANDIDATES, help="of each scan")
+    args = parser.parse_args()
+    data, out = args.folder / "data", args.folder / "out"
+    write_phantom(data, args.scans, 3, tuple(args.size), num_candidates=args.candidates, num_subsets=2)
+    times = compare(args, data, out)
+    print_table(times)
+    ours(data, out, 2, volumes=True)
+    encode_s = encoder(out)
+    slow = plain(next(data.rglob("*.raw")), out / "plain.h5", args.candidates)
     both = statistics.median(times["build, volumes, 1"])
     print(f"\nencoder alone: {encode_s:.3f} s a volume = {encode_s / both:.2f} of a build with volumes by one process")
     print(f"plain SimpleITK + float32 + gzip: {slow:.1f} s a scan = {slow / both:.0f} times ours with volumes, "
           f"{slow / statistics.median(times['build, crops, 1']):.0f} times ours without")  # fmt: skip
-    float_volume = int(np.prod(SIZE)) * 4
+    float_volume = int(np.prod(args.size)) * 4
     for volumes in (False, True):
         peak = worker_peak(data, out, volumes=volumes)
         what = "with" if volumes else "no"

@@ -1,6 +1,6 @@
 """How fast the detector is against the book's way of doing the same with the same weights.
 
-    python benchmarks/detect_speed.py [SCAN...] [--seg RUN] [--cls RUN] [--rounds 3] [--threads N]
+    python benchmarks/detect_speed.py [SCAN...] [--seg RUN] [--cls RUN] [--rounds 3] [--threads N] [--size 250 512 512]
 
 The book's way (*Deep Learning with PyTorch*, chapter 14), restated plainly: read with SimpleITK into float32; a data
 set that builds the seven slices of context for each slice, batches of four, every slice whole; mask at 0.5, eroded
@@ -43,7 +43,7 @@ MARKED = 3e-4
 """Share of the voxels that a fresh U-Net is made to mark."""
 
 
-class Slices(Dataset):
+class Slices(Dataset[tuple[torch.Tensor, int]]):
     """Each slice of a scan with three on either side, built when it is asked for."""
 
     def __init__(self, hu: np.ndarray) -> None:
@@ -61,7 +61,7 @@ class Slices(Dataset):
         return slices.clamp_(-1000, 1000), index
 
 
-class Candidates(Dataset):
+class Candidates(Dataset[torch.Tensor]):
     """A crop around each centre, cut when it is asked for; moved inwards at borders."""
 
     def __init__(self, hu: np.ndarray, centers: np.ndarray, crop_shape: tuple[int, int, int]) -> None:
@@ -128,7 +128,9 @@ def fresh(path: Path) -> UNet:
     slices, _ = Slices(hu)[len(hu) // 2]
     with torch.no_grad():
         logits = model(slices[None])
-        model.unet.last.bias -= torch.quantile(logits.flatten()[::7], 1 - MARKED)
+        bias = model.unet.last.bias
+        assert bias is not None
+        bias -= torch.quantile(logits.flatten()[::7], 1 - MARKED)
     return model
 
 
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--cls", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-scans", type=int, default=2, help="phantoms to make")
+    parser.add_argument("--size", type=int, nargs=3, default=SIZE, help="slices, rows, columns of the phantoms")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     parser.add_argument("--same-candidates", action="store_true", help="classify ours on both sides")
@@ -158,11 +161,12 @@ def main() -> None:
     places = args.scans
     if not places:
         places = [args.folder / "detect-data"]
-        write_phantom(places[0], args.num_scans, 11, SIZE, hard=True)
+        write_phantom(places[0], args.num_scans, 11, tuple(args.size), hard=True)
     paths = [item.path for item in find_inputs(places)]
     seg, classifier = networks(args, paths[0])
     book_seg, book_cls = as_plain(seg), as_plain(classifier.model)
-    detector = Detector(seg.to(memory_format=torch.channels_last), classifier, None, GroupingOptions(threshold=0.5))
+    segmenter = seg.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    detector = Detector(segmenter, classifier, None, GroupingOptions(threshold=0.5))
     same = args.same_candidates or not args.seg
     times: dict[str, list[dict[str, Any]]] = {"book": [], "ours": []}
     for _ in range(args.rounds):
@@ -170,7 +174,7 @@ def main() -> None:
             mine = ours(path, detector)
             times["ours"].append(mine)
             centers = mine["centers"] if same else None
-            times["book"].append(book(path, book_seg, book_cls, classifier.crop_shape, centers))
+            times["book"].append(book(path, book_seg, book_cls, classifier.crops.shape, centers))
     print_table(times, args.threads, len(paths))
 
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -153,7 +154,7 @@ def main() -> None:
 
     shutil.rmtree(args.folder, ignore_errors=True)
     write_phantom(args.folder / "base", args.scans, 5, (64, 160, 160), num_candidates=60, num_subsets=2)
-    results: dict[str, list[dict]] = {way: [] for way in WAYS}
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for times in args.times:
         data, out = args.folder / f"data{times}", args.folder / f"out{times}"
         multiply(args.folder / "base", data, times)

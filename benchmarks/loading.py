@@ -1,7 +1,8 @@
 """Crops/s of lunatrain's batches against what people load crops with otherwise.
 
     python benchmarks/loading.py [--folder build/bench/loading] [--rounds 3] [--batch-size 256] [--book CLONE]
-                                 [--only NAME ...] [--json FILE]
+                                 [--only NAME ...] [--json FILE] [--scans 6] [--size 96 256 256] [--candidates 900]
+                                 [--seconds 0.4]
 
 About 5,400 crops of 32x48x48 from six phantom scans of 96x256x256, stored as int16 and as float32; all come back as
 float32 batches in random order, from the page cache. The limit is one thread's memcpy of as many float32 crops into a
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,15 +36,16 @@ from lunaprep.parameters import Parameters
 from lunaprep.sources.phantom import write_phantom
 from lunaprep.store.reader import Store, open_store
 from lunatrain.bench import memcpys
+from lunatrain.crop_sources import aligned_empty
 from lunatrain.data import CropLoader
-from lunatrain.mapping import aligned_empty, open_crops
+from lunatrain.mapping import open_crops
 
 SCANS, SIZE, CANDIDATES = 6, (96, 256, 256), 900
-DTYPES = ("int16", "float32")
+DTYPES: tuple[Literal["int16", "float32"], ...] = ("int16", "float32")
 WARM_UP = 4
 """Batches that aren't timed: those that workers get ready while they start."""
 MIN_BATCHES, MIN_S, MAX_S = 6, 0.4, 1.5
-"""What a round goes on for: so many batches and seconds, or the most seconds."""
+"""What a round goes on for: so many batches and seconds (--seconds), or the most seconds."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Row:
         return self.ours_per_s / self.crops_per_s if self.crops_per_s else 0.0
 
 
-def make_stores(folder: Path) -> dict[str, Store]:
+def make_stores(given: argparse.Namespace) -> dict[str, Store]:
     """The store of each type; made once."""
-    data = folder / "data"
+    folder, data = given.folder, given.folder / "data"
     for dtype in DTYPES:
         if not (folder / dtype / "crops.h5").is_file():
-            write_phantom(data, SCANS, 5, SIZE, num_candidates=CANDIDATES, num_subsets=2)
+            write_phantom(data, given.scans, 5, tuple(given.size), num_candidates=given.candidates, num_subsets=2)
             options = BuildOptions(data, folder / dtype, workers=2, volumes=False, targets=False)
             build(options, Parameters(dtype=dtype, shard_bytes=2**31))
     return {dtype: open_store(folder / dtype) for dtype in DTYPES}
@@ -83,31 +86,31 @@ def in_memory(store: Store, crops: np.ndarray | None = None) -> Crops:
     return crops
 
 
-def speed(batches: Iterator[torch.Tensor]) -> float:
+def speed(batches: Iterator[torch.Tensor], least_s: float) -> float:
     """Crops/s of some batches after the first few."""
     started = time.perf_counter()
     for _ in itertools.islice(batches, WARM_UP):
-        if time.perf_counter() - started > MIN_S:
+        if time.perf_counter() - started > least_s:
             break
     count = number = 0
     started = time.perf_counter()
     for batch in batches:
         assert batch.dtype == torch.float32
         count, number, spent = count + len(batch), number + 1, time.perf_counter() - started
-        if (number >= MIN_BATCHES and spent >= MIN_S) or (number > 1 and spent >= MAX_S):
+        if (number >= MIN_BATCHES and spent >= least_s) or (number > 1 and spent >= MAX_S):
             break
     return count / (time.perf_counter() - started)
 
 
-def of_peer(way: Way, num_crops: int, batch_size: int, random: np.random.Generator) -> Callable[[], float]:
+def of_peer(way: Way, num_crops: int, given: argparse.Namespace, random: np.random.Generator) -> Callable[[], float]:
     """Its speed in a round of its own order."""
 
     def run() -> float:
         order = random.permutation(num_crops)
         with quiet():
-            batches = way(order[: num_crops - num_crops % batch_size], batch_size)
+            batches = way(order[: num_crops - num_crops % given.batch_size], given.batch_size)
             try:
-                return speed(batches)
+                return speed(batches, given.seconds)
             finally:
                 batches.close()
 
@@ -115,11 +118,11 @@ def of_peer(way: Way, num_crops: int, batch_size: int, random: np.random.Generat
 
 
 def references(
-    stores: dict[str, Store], folder: Path, batch_size: int, random: np.random.Generator
+    stores: dict[str, Store], given: argparse.Namespace, random: np.random.Generator
 ) -> dict[str, Callable[[], float]]:
     """The limit, and lunatrain from each store."""
-    store = stores["float32"]
-    copy = np.memmap(folder / "crops.f32", np.float32, "w+", shape=(len(store), int(np.prod(store.crop_shape))))
+    store, batch_size = stores["float32"], given.batch_size
+    copy = np.memmap(given.folder / "crops.f32", np.float32, "w+", shape=(len(store), int(np.prod(store.crop_shape))))
     in_memory(store, copy)
     buffer = aligned_empty((batch_size, copy.shape[1]), np.float32)
     delivered = torch.from_numpy(buffer)
@@ -135,25 +138,27 @@ def references(
                 way(rows, buffer)
                 yield delivered
 
-        return lambda: speed(batches())
+        return lambda: speed(batches(), given.seconds)
 
     def ours(dtype: str) -> Callable[[], float]:
         loader = CropLoader(open_crops(stores[dtype]), batch_size, "float32")
 
         def run() -> float:
             with loader:
-                return speed(batch.crops for batch in loader.batches(orders()))
+                return speed((batch.crops for batch in loader.batches(orders())), given.seconds)
 
         return run
 
     limits = {name: limit(way) for name, way in memcpys(copy, buffer).items()}
-    ways = {**limits, **{dtype: ours(dtype) for dtype in DTYPES}}
+    ways: dict[str, Callable[[], float]] = {**limits, **{dtype: ours(dtype) for dtype in DTYPES}}
     tried = alternate(ways, 3)
     fastest = max(limits, key=lambda name: statistics.median(tried[name]))
     return {"limit": limits[fastest], **{dtype: ways[dtype] for dtype in DTYPES}}
 
 
-def compare(peer: Peer, crops: Crops, folder: Path, base: dict[str, Callable[[], float]], given) -> Row:
+def compare(
+    peer: Peer, crops: Crops, folder: Path, base: dict[str, Callable[[], float]], given: argparse.Namespace
+) -> Row:
     """Write a peer's copy, find its fastest way, and let it take turns with the limit and with lunatrain."""
     dtype = str(crops.dtype)
     random = np.random.default_rng(0)
@@ -165,9 +170,7 @@ def compare(peer: Peer, crops: Crops, folder: Path, base: dict[str, Callable[[],
     try:
         peer.write(crops, folder)
         os.sync()
-        ways = {
-            name: of_peer(way, len(crops), given.batch_size, random) for name, way in peer.ways(crops, folder).items()
-        }
+        ways = {name: of_peer(way, len(crops), given, random) for name, way in peer.ways(crops, folder).items()}
         tried = {name: way() for name, way in ways.items()}
         best = max(tried, key=lambda name: tried[name])
         turns = {"limit": base["limit"], "ours": base[dtype], "peer": ways[best]}
@@ -219,14 +222,18 @@ def main() -> None:
     parser.add_argument("--book", type=Path, help="a clone of the book's repository")
     parser.add_argument("--only", nargs="+", default=[], help="peers whose name has one of these words")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--scans", type=int, default=SCANS)
+    parser.add_argument("--size", type=int, nargs=3, default=SIZE, help="slices, rows, columns")
+    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="of each scan")
+    parser.add_argument("--seconds", type=float, default=MIN_S, help="least time of a round")
     given = parser.parse_args()
     peers = [RAM, MONAI_CACHE, *DISK_PEERS]
     jobs = [(peer, dtype) for peer in peers for dtype in DTYPES]
     if given.book:
         jobs.append((book_peer(given.book), "float32"))
     jobs = [job for job in jobs if not given.only or any(word.lower() in job[0].name.lower() for word in given.only)]
-    stores = make_stores(given.folder)
-    base = references(stores, given.folder, given.batch_size, np.random.default_rng(1))
+    stores = make_stores(given)
+    base = references(stores, given, np.random.default_rng(1))
     shutil.rmtree(given.folder / "peer", ignore_errors=True)
     begun, rows = time.perf_counter(), []
     for dtype in DTYPES:

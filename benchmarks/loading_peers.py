@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 Crops = np.ndarray
 """(n, slices, rows, columns), int16 or float32."""
 
-Batches = Iterator[torch.Tensor]
+Batches = Generator[torch.Tensor, None, None]
 Way = Callable[[np.ndarray, int], Batches]
 """From an order of rows and the size of a batch to the batches; what shuffles by itself takes no order."""
 
@@ -68,7 +68,8 @@ class Items(Dataset[Any]):
 
 def collate(items: list[Any]) -> torch.Tensor:
     """A float32 batch, made as torch makes its own: in a worker, in shared memory."""
-    return default_collate([torch.as_tensor(item).float() for item in items])
+    batch: torch.Tensor = default_collate([torch.as_tensor(item).float() for item in items])
+    return batch
 
 
 def stock(dataset: Any, workers: Iterable[int] = WORKERS, loader: Any = DataLoader) -> dict[str, Way]:

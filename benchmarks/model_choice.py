@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,8 +107,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer; weights alone decay."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.99)
-    weights = {"params": [p for p in model.parameters() if p.ndim > 1]}
-    others = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    weights: dict[str, Any] = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    others: dict[str, Any] = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     return torch.optim.AdamW([weights, others], recipe.lr, weight_decay=recipe.weight_decay)
 
 
@@ -126,7 +127,7 @@ def train(
             group["lr"] = recipe.lr * (one_cycle(spent / seconds) if recipe.one_cycle else 1.0)
         logits = model(augment(batch, recipe.augmentation, random))
         optimizer.zero_grad()
-        cross_entropy(logits, labels, label_smoothing=recipe.smoothing).backward()
+        cross_entropy(logits, labels, label_smoothing=recipe.smoothing).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         samples += len(labels)
         spent += time.process_time() - started
@@ -149,7 +150,7 @@ def speed(name: str, channels_last: bool, bfloat16: bool) -> float:
         started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = model(crops)
-        cross_entropy(logits.float(), labels).backward()
+        cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.process_time() - started)
@@ -169,7 +170,8 @@ def changed(recipe: Recipe, changes: list[str]) -> Recipe:
     """Set fields of a recipe from NAME=VALUE."""
     for change in changes:
         name, _, value = change.partition("=")
-        recipe = replace(recipe, **{name: Augmentation.parse(value) if name == "augmentation" else json.loads(value)})
+        new: Any = Augmentation.parse(value) if name == "augmentation" else json.loads(value)
+        recipe = replace(recipe, **{name: new})
     return recipe
 
 

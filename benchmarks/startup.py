@@ -1,6 +1,6 @@
 """How long it takes to begin: `--help`, and the first batch of a store of 755,000 crops.
 
-    python benchmarks/startup.py [--folder build/startup] [--rounds 7]
+    python benchmarks/startup.py [--folder build/startup] [--rounds 7] [--crops 755000]
 
 The store is made as in scale.py: all its tables and receipts, and sparse files of the right header and size for
 shards. The first batch is what a training does: open the store, read the manifest, split it, draw an epoch's order, map
@@ -32,10 +32,10 @@ import lunatrain.data
 start, cpu = time.perf_counter(), time.process_time()
 from lunaprep.store.reader import open_store
 from lunatrain.mapping import open_crops
-from lunatrain.sampling import row_labels, select_rows, Shuffled
+from lunatrain.sampling import columns_of, row_labels, select_rows, Shuffled
 store = open_store(sys.argv[1])
 opened = time.perf_counter()
-manifest = store.manifest
+manifest = store.columns(*columns_of("series", "is_nodule"))
 read = time.perf_counter()
 rows = select_rows(manifest, "series", "train")
 labels = row_labels(manifest, rows)
@@ -47,12 +47,12 @@ print(end - start, opened - start, read - opened, chosen - read, end - chosen, t
 """
 
 
-def make_store(folder: Path) -> Path:
+def make_store(folder: Path, crops: int) -> Path:
     """A store of so many crops, of which only the tables are real."""
     shutil.rmtree(folder, ignore_errors=True)
     out = folder / "store"
     out.mkdir(parents=True)
-    source = scale.tables(CROPS, folder)
+    source = scale.tables(crops, folder)
     plan = make_plan(source, Parameters(), volumes=False, targets=True)
     receipts = scale.receipts_of(plan)
     new = assemble(plan, receipts, carry_over(out, None, source.subsets))
@@ -73,24 +73,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/startup"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--crops", type=int, default=CROPS)
     args = parser.parse_args()
     print("| what | median, s | best, s |\n|---|--:|--:|")
     for program in ("lunaprep", "lunatrain"):
         runs = [seconds("-m", program, "--help") for _ in range(args.rounds)]
         for name, times in zip(("", ", processor"), zip(*runs, strict=True), strict=True):
             print(f"| {program} --help{name} | {statistics.median(times):.3f} | {min(times):.3f} |")
-    store = make_store(args.folder)
+    store = make_store(args.folder, args.crops)
     command = [sys.executable, "-c", FIRST_BATCH, str(store)]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(args.rounds)]
+    lines = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(args.rounds)]
     names = (
-        "first batch of 755,000 crops",
+        f"first batch of {args.crops:,} crops",
         "open, each shard looked at",
         "manifest",
         "split, order",
         "map, gather",
         "processor",
     )
-    for name, times in zip(names, zip(*(map(float, run.split()) for run in runs), strict=True), strict=True):
+    for name, times in zip(names, zip(*(map(float, line.split()) for line in lines), strict=True), strict=True):
         print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} |")
     shutil.rmtree(args.folder)
 

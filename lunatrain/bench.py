@@ -23,7 +23,7 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader
 
 from lunaprep.store.reader import ShardFile, Store, open_store
-from lunatrain.crop_sources import Rows, aligned_empty, gather_rows
+from lunatrain.crop_sources import Rows, aligned_empty, is_compiled
 from lunatrain.data import BATCH_SIZE, CropLoader, Deliver
 from lunatrain.dataset import CropDataset
 from lunatrain.disk import drop_from_cache, read_through
@@ -123,7 +123,7 @@ def run_bench(
     store = open_store(path)
     shape, dtype = store.crop_shape, store.dtype
     facts = {"store": str(path), "crops": len(store), "crop_shape": "x".join(map(str, shape)), "dtype": str(dtype)}
-    facts["gathered_by"] = "NumPy (installed without a compiler)" if gather_rows is None else "compiled code"
+    facts["gathered_by"] = "compiled code" if is_compiled() else "NumPy (installed without a compiler)"
     report = BenchReport({**facts, "batch_size": batch_size, "cores": os.cpu_count(), "rounds": rounds})
     with tempfile.TemporaryDirectory(dir=scratch, prefix="lunatrain-bench-") as folder:
         progress("opening and starting")

@@ -91,6 +91,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
+def is_compiled() -> bool:
+    """Whether gather.c was compiled when the package was installed."""
+    return gather_rows is not None
+
+
 class _Stitched:
     """One region for all shards."""
 
