@@ -1,8 +1,9 @@
 """The training commands: each reads its options, puts a run together, trains, prints. Also what all commands share."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lunatrain.config import TrainConfig
+    from lunatrain.distributed import Processes
     from lunatrain.loop import Trainer
 
 table_path = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -226,44 +228,67 @@ def loc(boxes: Path | None, store: Path | None, **options: Any) -> None:
     _train("loc", _loc_config, store=boxes or store, **options)
 
 
-def _train(
-    name: str,
-    make_config: "Callable[[dict[str, Any]], TrainConfig]",
-    *,
-    store: Path | None,
-    run: Path | None,
-    device: str,
-    io: Any,
-    init: Path | None,
-    resume: bool,
-    as_json: bool,
-    slices: Path | None = None,
-    **settings: Any,
-) -> None:
-    from lunatrain import localisation, segmentation, training
+@dataclass(frozen=True)
+class _Given:
+    """What every training command is given besides the settings of its run."""
+
+    task: str
+    store: Path | None
+    run: Path | None
+    device: str
+    io: Any
+    init: Path | None
+    resume: bool
+    as_json: bool
+    slices: Path | None = None
+
+    @property
+    def home(self) -> Any:
+        """The module that puts runs of the task together."""
+        from lunatrain import localisation, segmentation, training
+
+        return {"seg": segmentation, "loc": localisation}.get(self.task, training)
+
+
+def _train(task: str, make_config: "Callable[[dict[str, Any]], TrainConfig]", **options: Any) -> None:
+    """Train a new run, or go on with one; what `_Given` does not name are settings."""
     from lunatrain.distributed import join_processes
 
-    home: Any = {"seg": segmentation, "loc": localisation}.get(name, training)
-    with join_processes(device) as processes:
-        if resume:
-            run = run or training.newest_run(name)
-            store, slices = store or training.store_of(run), slices or training.slices_of(run)
-            options = training.TrainOptions(store, run, device, None, io, processes, slices)
-            trainer, loaded = home.resume_training(options)
-            progress = trainer.progress
-            if processes.is_first:
-                click.echo(f"{loaded.path}: going on at epoch {progress.epoch + 1}, step {progress.step}", err=True)
-        else:
-            run = run or Path(processes.agree(str(training.new_run(name))))
-            options = training.TrainOptions(store or Path("crops.h5"), run, device, init, io, processes, slices)
-            trainer = home.open_training(options, make_config(settings))
-            if processes.is_first:
-                training.note_store(options)
-                for note in trainer.run.notes:
-                    click.echo(f"lunatrain: {note}", err=True)
-                if trainer.run.config.split == "all":
-                    click.echo("lunatrain: --split all: figures are those of the training crops themselves", err=True)
-        _run_to_the_end(trainer, as_json)
+    given = _Given(task, **{name: options.pop(name) for name in _Given.__dataclass_fields__ if name in options})
+    with join_processes(given.device) as processes:
+        trainer = _go_on(given, processes) if given.resume else _begin(given, make_config(options), processes)
+        _run_to_the_end(trainer, given.as_json)
+
+
+def _go_on(given: _Given, processes: "Processes") -> "Trainer":
+    """The run as its last good checkpoint has it."""
+    from lunatrain.training import TrainOptions, newest_run, slices_of, store_of
+
+    run = given.run or newest_run(given.task)
+    store, slices = given.store or store_of(run), given.slices or slices_of(run)
+    options = TrainOptions(store, run, given.device, None, given.io, processes, slices)
+    trainer, loaded = given.home.resume_training(options)
+    if processes.is_first:
+        at = f"epoch {trainer.progress.epoch + 1}, step {trainer.progress.step}"
+        click.echo(f"{loaded.path}: going on at {at}", err=True)
+    return cast("Trainer", trainer)
+
+
+def _begin(given: _Given, config: "TrainConfig", processes: "Processes") -> "Trainer":
+    """A new run, noted in its folder."""
+    from lunatrain.training import TrainOptions, new_run, note_store
+
+    run = given.run or Path(processes.agree(str(new_run(given.task))))
+    store = given.store or Path("crops.h5")
+    options = TrainOptions(store, run, given.device, given.init, given.io, processes, given.slices)
+    trainer = given.home.open_training(options, config)
+    if processes.is_first:
+        note_store(options)
+        for note in trainer.run.notes:
+            click.echo(f"lunatrain: {note}", err=True)
+        if trainer.run.config.split == "all":
+            click.echo("lunatrain: --split all: figures are those of the training crops themselves", err=True)
+    return cast("Trainer", trainer)
 
 
 def _run_to_the_end(trainer: "Trainer", as_json: bool) -> None:

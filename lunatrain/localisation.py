@@ -103,12 +103,7 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
     CheckpointError
         There is none, it is no localisation, or its data are others.
     """
-
-    def reopen(loaded: Loaded) -> Trainer:
-        _args_of(loaded)
-        return open_training(options, config_from_json(loaded.state["config"], LocConfig))
-
-    return resume_with(options, reopen)
+    return resume_with(options, open_training, LocConfig, _args_of)
 
 
 def read_slices(source: Path, folder: Path | None, side: int, slice_mm: float) -> BoxSlices:

@@ -100,11 +100,17 @@ def report_html(
     parts += [make(evaluation) for make in sections]
     film = "Axial slice through the candidate, lung window (−600 / 1500 HU). Below: candidate, p, series, diameter."
     parts += [*(picture_section(name, png, film) for name, png in pictures.items()), _worst_section(evaluation)]
-    if curves:
-        plot = themed_plot(partial(plots.training_png, curves), "training curves")
-        parts.append(section("Training", "Figures of each epoch, against the samples seen.", plot))
+    parts += training_section(curves)
     parts.append(_facts_section(facts))
     return page(title, parts)
+
+
+def training_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The curves of the run, where there are any."""
+    if not curves:
+        return []
+    plot = themed_plot(partial(plots.training_png, curves), "training curves")
+    return [section("Training", "Figures of each epoch, against the samples seen.", plot)]
 
 
 def worst_pictures(

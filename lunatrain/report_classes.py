@@ -31,7 +31,14 @@ from lunatrain.page import (
     td,
     themed_plot,
 )
-from lunatrain.report import METRICS_FILE, NUM_WORST, PREDICTIONS_FILE, picture_section, write_files
+from lunatrain.report import (
+    METRICS_FILE,
+    NUM_WORST,
+    PREDICTIONS_FILE,
+    picture_section,
+    training_section,
+    write_files,
+)
 
 WRONG = "Crops called wrong, the surest first"
 
@@ -68,9 +75,7 @@ def class_report_html(
     parts += [_confusion_section(evaluation), _class_section(evaluation)]
     parts += [picture_section(name, png, text) for name, png in pictures.items()]
     parts.append(_wrong_section(evaluation))
-    if curves:
-        plot = themed_plot(partial(plots.training_png, curves), "training curves")
-        parts.append(section("Training", "Figures of each epoch, against the samples seen.", plot))
+    parts += training_section(curves)
     files = f"Beside this file: {PREDICTIONS_FILE} (a probability for each class) and {METRICS_FILE}."
     parts.append(section("Where this comes from", files, facts_panel(facts)))
     return page(title, parts)

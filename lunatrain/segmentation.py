@@ -11,7 +11,6 @@ from torch import nn
 from lunaprep.store.reader import Store, open_store
 from lunatrain.augment import Augmentation
 from lunatrain.checkpoint import Loaded, load_checkpoint
-from lunatrain.config import config_from_json
 from lunatrain.dense import HU_WINDOW
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.images import ImageFolder, ImageLoader, read_images
@@ -64,12 +63,7 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
     CheckpointError
         There is none, it is no segmentation, or its data are others.
     """
-
-    def reopen(loaded: Loaded) -> Trainer:
-        _args_of(loaded)
-        return open_training(options, config_from_json(loaded.state["config"], SegConfig))
-
-    return resume_with(options, reopen)
+    return resume_with(options, open_training, SegConfig, _args_of)
 
 
 def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:

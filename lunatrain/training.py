@@ -13,7 +13,7 @@ import torch
 from lunaprep.store.reader import open_store
 from lunatrain.augment import Augmentation
 from lunatrain.checkpoint import BEST, LAST, Loaded, load_checkpoint, load_newest
-from lunatrain.config import TrainConfig, config_from_json
+from lunatrain.config import Config, TrainConfig, config_from_json
 from lunatrain.crop_kind import kind_of_store
 from lunatrain.data import CropLoader
 from lunatrain.distributed import Processes
@@ -93,7 +93,7 @@ def model_of(checkpoint: Path) -> str:
     """Name of the model that a checkpoint holds."""
     if checkpoint.suffix == ".state":
         return "luna"
-    return str(_classifier_args(checkpoint, load_checkpoint(checkpoint).state)["name"])
+    return str(_classifier_args(load_checkpoint(checkpoint))["name"])
 
 
 def store_of(run: Path) -> Path:
@@ -191,16 +191,26 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
     CheckpointError
         There is none, or the store is another one.
     """
-
-    def reopen(loaded: Loaded) -> Trainer:
-        _classifier_args(loaded.path, loaded.state)
-        return open_training(options, config_from_json(loaded.state["config"], TrainConfig))
-
-    return resume_with(options, reopen)
+    return resume_with(options, open_training, TrainConfig, _classifier_args)
 
 
-def resume_with(options: TrainOptions, reopen: Callable[[Loaded], Trainer]) -> tuple[Trainer, Loaded]:
-    """Resume a run of any task: `reopen` puts it together as a checkpoint says.
+def resume_with(
+    options: TrainOptions,
+    open_run: Callable[[TrainOptions, Config], Trainer],
+    kind: type[Config],
+    check: Callable[[Loaded], object],
+) -> tuple[Trainer, Loaded]:
+    """Resume a run of any task.
+
+    Parameters
+    ----------
+    options : TrainOptions
+    open_run : callable
+        Puts a run of the task together.
+    kind : type
+        Of its settings.
+    check : callable
+        Raises CheckpointError where a checkpoint is of another task.
 
     Raises
     ------
@@ -211,7 +221,8 @@ def resume_with(options: TrainOptions, reopen: Callable[[Loaded], Trainer]) -> t
     if loaded is None:
         message = f"{options.run} has no checkpoint to go on from. Start it without --resume"
         raise CheckpointError(message)
-    trainer = reopen(loaded)
+    check(loaded)
+    trainer = open_run(options, config_from_json(loaded.state["config"], kind))
     if loaded.state["store_id"] != trainer.run.store_id:
         message = (
             f"{options.run} was trained on store {loaded.state['store_id']}, this is {trainer.run.store_id}. "
@@ -257,25 +268,24 @@ def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
     if path.suffix == ".state":
         load_book_state(path, model)
         return
-    state = load_checkpoint(path).state
-    _classifier_args(path, state)
-    if state["model_args"]["name"] != name:
-        held = state["model_args"]["name"]
+    loaded = load_checkpoint(path)
+    held = _classifier_args(loaded)["name"]
+    if held != name:
         message = f"{path} holds a model {held!r}, not {name!r}. Give --model {held}"
         raise CheckpointError(message)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(loaded.state["model"])
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()[:120]
         message = f"{path} does not fit the model: {first}. Was it trained on crops of another shape?"
         raise CheckpointError(message) from error
 
 
-def _classifier_args(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    args: dict[str, Any] = state["model_args"]
+def _classifier_args(loaded: Loaded) -> dict[str, Any]:
+    args: dict[str, Any] = loaded.state["model_args"]
     if "crop_shape" not in args:
         held = "gives lung boxes" if args.get("kind") == "boxes" else "is a segmentation"
-        message = f"{path} is no classifier, it {held}. Name a run of 'lunatrain cls' or 'mal'"
+        message = f"{loaded.path} is no classifier, it {held}. Name a run of 'lunatrain cls' or 'mal'"
         raise CheckpointError(message)
     return args
 
@@ -291,8 +301,8 @@ def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.M
         model = build_model("luna", 2, crop_shape)
         load_book_state(path, model)
         return model, {"config": {}, "progress": {}, "store_id": None, "model_args": {}}
-    state = load_checkpoint(path).state
-    args = _classifier_args(path, state)
+    loaded = load_checkpoint(path)
+    state, args = loaded.state, _classifier_args(loaded)
     if tuple(args["crop_shape"]) != crop_shape:
         message = (
             f"{path} was trained on crops {tuple(args['crop_shape'])}, the store has {crop_shape}. Take another store"

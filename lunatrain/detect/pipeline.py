@@ -224,7 +224,7 @@ def search(
     seen: dict[str, Path] = {}
     with tqdm(total=0, unit="slice", disable=None if show_progress else True) as bar:
         for number, item in enumerate(inputs):
-            bar.set_description(f"scan {number + 1}/{len(inputs)}")
+            bar.set_description_str(f"scan {number + 1}/{len(inputs)}")
             try:
                 searched = _search_one(item, detector, annotations, seen, pictures and number < PICTURED_SCANS, bar)
             except ScanError as error:

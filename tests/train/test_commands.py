@@ -1,12 +1,15 @@
 """`lunatrain cls` and `eval` as a user types them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lunatrain.cli import cli
+
+from ..conftest import typed
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +25,7 @@ def trained(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def call(folder, *args):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lunatrain", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=110, check=False)
+    return typed(cli, args, folder)
 
 
 def test_eval_with_no_option_reports_on_the_newest_run(trained):
@@ -39,29 +40,24 @@ def test_eval_with_no_option_reports_on_the_newest_run(trained):
     assert json.loads((out / "metrics.json").read_text())["num_positive"] >= 1
 
 
-def test_eval_takes_the_annotations_for_the_challenges_score(trained, phantom_root):
+def test_eval_takes_the_annotations_for_the_challenges_score_and_froc_takes_its_predictions(
+    trained, phantom_root, tmp_path
+):
     tables = [
         "--annotations",
         phantom_root / "annotations.csv",
         "--excluded",
         phantom_root / "annotations_excluded.csv",
     ]
-    done = call(trained, "eval", "--part", "all", *tables, "--json")
+    done = call(trained, "eval", "--part", "all", *tables, "--out", tmp_path / "all", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert 0 <= figures["cpm"] <= 1
     assert figures["num_nodules"] == len((phantom_root / "annotations.csv").read_text().splitlines()) - 1
-
-
-def test_predictions_go_through_froc(trained, phantom_root, tmp_path):
-    assert call(trained, "eval", "--part", "all", "--out", tmp_path / "all").returncode == 0
-    done = call(
-        trained, "froc", tmp_path / "all/predictions.csv", "--annotations", phantom_root / "annotations.csv",
-        "--excluded", phantom_root / "annotations_excluded.csv", "--json",
-        "--seriesuids", phantom_root / "seriesuids.csv",
-    )  # fmt: skip
+    names = ["--seriesuids", phantom_root / "seriesuids.csv"]
+    done = call(trained, "froc", tmp_path / "all/predictions.csv", *tables, *names, "--bootstrap", "0", "--json")
     assert done.returncode == 0, done.stderr
-    assert 0 <= json.loads(done.stdout)["cpm"] <= 1
+    assert json.loads(done.stdout)["cpm"] == pytest.approx(figures["cpm"], abs=1e-9)
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained):

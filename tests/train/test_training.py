@@ -3,10 +3,12 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import lunatrain.loop as loop
 import lunatrain.tasks.classify as classify
@@ -258,3 +260,21 @@ def test_shards_in_turn_for_a_store_larger_than_memory(small_store, tmp_path):
     assert len(np.unique(rows)) == len(rows)
     with pytest.raises(UsageError, match="no-balanced"):
         replace(QUICK, shuffle="shards")
+
+
+def test_averaged_weights_forget_those_a_run_began_with():
+    weight = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    torch.nn.init.zeros_(weight.weight)
+    averaged = AveragedModel(weight, multi_avg_fn=partial(loop._average, 0.99))
+    averaged.update_parameters(weight)
+    torch.nn.init.ones_(weight.weight)
+    for _ in range(50):
+        averaged.update_parameters(weight)
+    assert float(averaged.module.weight) > 0.99
+    torch.nn.init.zeros_(weight.weight)
+    for _ in range(2000):
+        averaged.update_parameters(weight)
+    before = float(averaged.module.weight)
+    torch.nn.init.ones_(weight.weight)
+    averaged.update_parameters(weight)
+    assert float(averaged.module.weight) - before == pytest.approx(0.01, rel=1e-3)
