@@ -1,17 +1,22 @@
-"""A phantom made once for all tests, and a store built from it once."""
+"""A phantom made once for all tests, a store built from it once; commands, typed here or in a process of their own."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from click.testing import CliRunner
 
 from .fault_driver import Driver
 
 SOAK = "--soak"
+PART = "--part"
 SIZE = (40, 64, 64)
 NUM_SCANS = 6
 NUM_SUBSETS = 3
@@ -19,6 +24,7 @@ NUM_SUBSETS = 3
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(SOAK, action="store_true", help="only the tests that have a long figure, with that (make soak)")
+    parser.addoption(PART, type=float, default=1.0, help="with --soak: this part of each long figure, spread evenly")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,8 +45,9 @@ Figure = Callable[[int, int], int]
 
 @pytest.fixture(scope="session")
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """How many of something: figure(quick, long), the long one with --soak."""
-    return lambda quick, long: long if request.config.getoption(SOAK) else quick
+    """How many of something: figure(quick, long), the long one with --soak, or a part of it."""
+    part = request.config.getoption(PART)
+    return lambda quick, long: max(quick, round(long * part)) if request.config.getoption(SOAK) else quick
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +107,30 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def typed(command: Any, args: Sequence[object], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a command does that is typed in a folder, without a process of its own: most of its time is its start.
+
+    A bug comes out as the exception that it is. A build has one worker, as loky's would stay in this folder.
+    """
+    words = [str(arg) for arg in args]
+    one_worker = mock.patch("lunaprep.build.default_workers", return_value=1)
+    with contextlib.chdir(folder), one_worker, mock.patch.dict(os.environ, NO_COLOR="1"):
+        os.environ.pop("LUNA16_ROOT", None)
+        done = CliRunner().invoke(command, words, catch_exceptions=False)
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run the installed command in a folder of its own."""
+    """Type `lunaprep` in a folder of its own."""
+    from lunaprep.cli import cli
+
+    return lambda args: typed(cli, args, tmp_path)
+
+
+@pytest.fixture
+def run_apart(tmp_path: Path) -> Run:
+    """Run `lunaprep` as a process, in a folder of its own."""
 
     def call(args: Sequence[str | Path], **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lunaprep", *map(str, args)]

@@ -4,6 +4,8 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lunaprep.errors import ScanError
+from lunaprep.errors import PassingScanError, ScanError
 from lunaprep.scans.open import SUFFIXES, open_scan, read_voxels
 from lunaprep.scans.scan import Scan
 
@@ -34,14 +36,28 @@ def tried(path: Path, root: Path) -> tuple[Scan, np.ndarray] | str:
         return str(error)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable(tmp_path):
-    (tmp_path / "a.raw").write_bytes(RAW)
-    (tmp_path / "a.mhd").write_text(header_text("a"))
-    for file in ("a.raw", "a.mhd"):
-        (tmp_path / file).chmod(0)
-        with pytest.raises(ScanError, match="permission denied"):
-            open_scan(tmp_path / "a.mhd", tmp_path)
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Root reads everything, so be nobody for a while."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_unreadable():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is root's alone
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "a.raw").write_bytes(RAW)
+        (folder / "a.mhd").write_text(header_text("a"))
+        for file, role in (("a.raw", "its data file 'a.raw'"), ("a.mhd", "the file")):
+            (folder / file).chmod(0)
+            with without_root(), pytest.raises(PassingScanError, match=f"{role} cannot be opened: permission denied"):
+                open_scan(folder / "a.mhd", folder)
 
 
 watched: list[list[str]] = []

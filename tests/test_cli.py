@@ -60,11 +60,11 @@ def test_phantom_build_verify_info_show_follow_each_other(run: Run, tmp_path: Pa
 
 
 def test_the_environment_names_the_data_folder_and_the_current_folder_is_the_store(
-    run: Run, phantom_root: Path, tmp_path: Path
+    run: Run, run_apart: Run, phantom_root: Path, tmp_path: Path
 ) -> None:
-    assert run(["build", "--subsets", "0", "--no-volumes"], LUNA16_ROOT=str(phantom_root)).returncode == 0
+    assert run_apart(["build", "--subsets", "0", "--no-volumes"], LUNA16_ROOT=str(phantom_root)).returncode == 0
     assert (tmp_path / "store.json").exists()
-    assert run(["verify"]).returncode == 0
+    assert run_apart(["verify"]).returncode == 0
     assert json.loads(run(["info", "--json"]).stdout)["store_id"]
 
 
@@ -159,10 +159,10 @@ def test_verify_of_a_download_gives_an_account(run: Run, phantom_root: Path) -> 
     assert "of 888" in done.stdout
 
 
-def test_the_version_is_told(run: Run) -> None:
+def test_the_version_is_told(run_apart: Run) -> None:
     import lunaprep
 
-    assert run(["--version"]).stdout.strip().endswith(lunaprep.__version__)
+    assert run_apart(["--version"]).stdout.strip().endswith(lunaprep.__version__)
 
 
 def test_the_progress_bar_counts_scans_on_a_terminal(phantom_root: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_samples(built_store: Path):
         dataset[len(dataset)]
 
 
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
 def test_through_a_data_loader(built_store: Path, workers: int, context: str | None):
     store = open_store(built_store)
     dataset = CropDataset(built_store)

@@ -1,16 +1,20 @@
 """Processes that train together do what one process does with the same global batch."""
 
+import multiprocessing
+import socket
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
 from torch import nn
 
+from lunatrain.cli import cli
 from lunatrain.distributed import GlobalBatchNorm, Processes
 from lunatrain.log import read_metrics
+
+from ..conftest import typed
 
 TRAIN = ["-m", "lunatrain", "cls", "--model", "luna", "--augment", "", "--epochs", "2", "--samples", "32",
          "--batch-size", "8", "--lr", "0.001", "--device", "cpu"]  # fmt: skip
@@ -26,16 +30,34 @@ def run(launcher, store, out, *more):
 TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+RANK = "import os, sys; os.environ.update({}); sys.argv[1:] = {}; from lunatrain.cli import main; main()"
+
+
+def start_ranks(number, store, out, *more):
+    """What torchrun starts, as forks of a process that has imported torch once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    warm = multiprocessing.get_context("forkserver")
+    warm.set_forkserver_preload(["lunatrain.training", "lunatrain.cli", "lunatrain.log"])
+    args = [*TRAIN[2:], "--store", str(store), "--out", str(out), *more]
+    ranks = []
+    for rank in range(number):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        code = RANK.format({name: str(value) for name, value in env.items()}, args)
+        ranks.append(warm.Process(target=exec, args=(code,)))
+        ranks[-1].start()
+    return ranks
+
+
 def kill_after_first_epoch(store, out):
-    """Two processes, all killed when the first checkpoint is there."""
-    command = [sys.executable, *TOGETHER, *TRAIN, "--store", str(store), "--out", str(out)]
-    started = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=out.parent)
-    while started.poll() is None and not (out / "last.pt").exists():
+    """Two processes, both killed when the first checkpoint is there."""
+    ranks = start_ranks(2, store, out)
+    while all(rank.is_alive() for rank in ranks) and not (out / "last.pt").exists():
         time.sleep(0.005)
-    family = psutil.Process(started.pid)
-    for process in [family, *family.children(recursive=True)]:
-        process.kill()
-    started.wait()
+    for rank in ranks:
+        rank.kill()
+        rank.join()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +70,8 @@ def two(small_store, tmp_path_factory):
 def test_two_processes_train_as_one(two, small_store, tmp_path):
     out, done = two
     assert done.stdout.count("best epoch") == 1  # the first process alone prints
-    run([], small_store, tmp_path / "one")
+    alone = typed(cli, [*TRAIN[2:], "--store", small_store, "--out", "one"], tmp_path)
+    assert alone.returncode == 0, alone.stderr
     one, both = (read_metrics(path) for path in (tmp_path / "one", out))
     assert len(one) == len(both) == 4
     for line, other in zip(one, both, strict=True):
@@ -66,7 +89,10 @@ def test_a_run_of_two_that_is_killed_goes_on(two, small_store, tmp_path, process
     kill_after_first_epoch(small_store, tmp_path / "killed")
     had = read_metrics(tmp_path / "killed")
     assert had[-1]["epoch"] == 0
-    run([*TOGETHER[:-1], str(processes)], small_store, tmp_path / "killed", "--resume")
+    ranks = start_ranks(processes, small_store, tmp_path / "killed", "--resume")
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * processes
     exact = 0 if processes == 2 else 1e-4
     for line, other in zip(read_metrics(tmp_path / "killed"), read_metrics(two[0]), strict=True):
         assert (line["epoch"], line["part"], line["samples"]) == (other["epoch"], other["part"], other["samples"])

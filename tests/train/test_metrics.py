@@ -24,7 +24,7 @@ from lunatrain.metrics import (
 
 from ..conftest import Figure
 
-NUM_SETS = 200
+NUM_SETS = 100
 
 
 def random_sets(number: int = NUM_SETS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
