@@ -33,7 +33,9 @@ class RunLog:
         """Drop the lines of a stopped run that the resumed one will write again."""
         if self._path.exists():
             lines = [line for line in read_metrics(self._path.parent) if line["samples"] <= samples]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            partial = self._path.with_name(f"{METRICS_FILE}.partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            partial.replace(self._path)
 
     def write(self, part: str, epoch: int, samples: int, figures: Mapping[str, float]) -> None:
         """Note the figures of one part (train or val) of an epoch."""

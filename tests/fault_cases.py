@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 import lunaprep
 from lunaprep import schema
 from lunaprep.build import BuildOptions, build
@@ -16,6 +18,8 @@ from .conftest import files_of
 SMALL = Parameters(shard_bytes=1, crop_shape=(8, 8, 8))
 OTHER = Parameters(shard_bytes=1, crop_shape=(8, 8, 8), hu=(-900, 900))
 CASES = ["fresh", "another subset", "other crops"]
+SLOW_CASES = [CASES[0], pytest.param(CASES[1], marks=pytest.mark.soak), CASES[2]]
+"""For tests of many builds: that with the fewest calls is left to the soak."""
 
 
 @dataclass(frozen=True)

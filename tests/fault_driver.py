@@ -11,9 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Driver:
     """
 
     def __init__(self, folder: Path, before: Path | None = None) -> None:
-        self._folder = folder
+        self._folder = Path(tempfile.mkdtemp(prefix="driver-", dir=folder))  # two may share a folder
         self._count = 0
         command = [sys.executable, "-m", "tests.fault_driver"]
         root = Path(__file__).parents[1]
@@ -137,15 +138,21 @@ def need_strace() -> None:
         pytest.skip("strace is not installed")
 
 
-def points(log: str) -> list[tuple[str, int]]:
-    """Each call of a log that changed something, as (name, how many-th of its name), in order."""
+def points(log: str, place: Path | str = "") -> list[tuple[str, int]]:
+    """Each call of a log that went well, as (name, how many-th of its name), in order; of `place` alone."""
     counts: Counter[str] = Counter()
     found = []
-    for name, result in re.findall(r"^(\w+)\(.*= (-?\d+)", log, re.MULTILINE):
+    for name, rest, result in re.findall(r"^(\w+)\((.*)= (-?\d+)", log, re.MULTILINE):
         counts[name] += 1
-        if result != "-1":
+        if result != "-1" and str(place) in rest:
             found.append((name, counts[name]))
     return found
+
+
+def spread(calls: Sequence[tuple[str, int]], count: int) -> Iterator[tuple[int, str, int]]:
+    """So many of the calls, from all of a build's time, each with its number."""
+    for number in range(count):
+        yield number, *calls[(2 * number + 1) * len(calls) // (2 * count)]
 
 
 # What follows runs in the child

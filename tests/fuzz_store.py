@@ -1,6 +1,6 @@
-"""A child process that spoils one file of a store again and again and has everything look at it.
+"""A child process that spoils files of a store again and again, one at a time, and has everything look at them.
 
-    python fuzz_store.py STORE FILE SEED COUNT
+    python fuzz_store.py STORE COUNT FILE SEED [FILE SEED]...
 
 What is wrong with a file is a report or an error of ours; anything else (another exception, a signal, an hour, a
 gigabyte) ends this process with a trace of which round it was. HDF5 and Arrow are C and C++: hence a process apart.
@@ -12,7 +12,7 @@ import json
 import random
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,11 @@ def _tried(call: Callable[[], object]) -> None:
             raise
 
 
-def main(folder: Path, place: str, seed: int, count: int) -> None:
-    """Spoil `place` so many times; the file is whole again afterwards."""
-    faulthandler.enable()
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
+def spoil_often(folder: Path, place: str, numbers: range) -> None:
+    """Spoil `place` once for each number; the file is whole again afterwards."""
     path = folder / place
     whole, record = path.read_bytes(), (folder / "store.json").read_bytes()
-    for number in range(seed, seed + count):
+    for number in numbers:
         rng = random.Random(number)
         is_signed = "/" not in place and number % 4 > 0
         new = spoil_json(whole, rng) if is_signed and place == "store.json" else spoil(whole, rng)
@@ -157,10 +155,18 @@ def main(folder: Path, place: str, seed: int, count: int) -> None:
     faulthandler.cancel_dump_traceback_later()
     path.write_bytes(whole)
     (folder / "store.json").write_bytes(record)
+
+
+def main(folder: Path, count: int, files: Sequence[str]) -> None:
+    """Spoil each of some files so many times; `files` alternates with the number to begin at."""
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
+    for place, first in zip(files[::2], files[1::2], strict=True):
+        spoil_often(folder, place, range(int(first), int(first) + count))
     status = Path("/proc/self/status").read_text(encoding="ascii")  # ru_maxrss counts the parent before the exec
     peak = int(status.split("VmHWM:")[1].split()[0])
     assert peak < MOST_RSS_KIB, f"{peak} KiB of memory"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -99,7 +99,7 @@ def test_every_flipped_bit_is_found_in_its_file(store: Path, whole: Path, figure
     many = [place for place in places_of(store) if place not in ALONE]
     turns = [many, [ALONE[0]], many, [ALONE[1]], many, [ALONE[2]], many, [ALONE[3]]]
     flips = turn = 0
-    while flips < figure(600, 40_000):
+    while flips < figure(300, 40_000):
         flipped = {}
         for place in turns[turn % len(turns)]:
             data = bytearray((whole / place).read_bytes())
@@ -209,7 +209,7 @@ FILES: dict[str, Callable[[Path, random.Random], object]] = {
 def test_structured_damage_is_found_and_named(whole: Path, tmp_path: Path, figure: Figure, name: str) -> None:
     kinds = list(kinds_of(whole).values())
     start = list(FILES).index(name)
-    for number in range(figure(3, 10 * len(kinds))):
+    for number in range(figure(2, 10 * len(kinds))):
         rng = random.Random(number)
         place = rng.choice(kinds[(start + 3 * number) % len(kinds)])
         store = shutil.copytree(whole, tmp_path / str(number))
@@ -225,7 +225,7 @@ def test_structured_damage_is_found_and_named(whole: Path, tmp_path: Path, figur
 def test_cut_at_fifty_lengths_all_are_named(store: Path, whole: Path, figure: Figure) -> None:
     draw = random.Random(3)
     many = [place for place in places_of(store) if place not in ALONE]
-    for number in range(figure(30, 1_000)):
+    for number in range(figure(15, 1_000)):
         cut = many if number % 5 else [ALONE[number // 5 % len(ALONE)]]
         for place in cut:
             size = (whole / place).stat().st_size

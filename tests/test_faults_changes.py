@@ -136,7 +136,7 @@ def test_workers_order_umask_zone_and_locale_are_without_effect(
     draw = random.Random(6)
     zones, locales = ["UTC", "Asia/Tokyo", "America/St_Johns"], ["C", "C.UTF-8", "de_DE.UTF-8", "tr_TR.UTF-8"]
     for number in range(figure(1, 12)):
-        workers = (5, 8, 2, 1)[number % 4]
+        workers = (2, 5, 8, 1)[number % 4]
         for name, choice in (("TZ", zones), ("LC_ALL", locales), ("PYTHONHASHSEED", ["0", "1", "77"])):
             monkeypatch.setenv(name, choice[number % len(choice)])
         data, out = tmp_path / f"data {number}", tmp_path / f"ß {number}"

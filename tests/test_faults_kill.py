@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from .conftest import Figure, files_of
-from .fault_cases import CASES, Case, make_case
-from .fault_driver import CALLS, Driver, need_strace, points
+from .fault_cases import SLOW_CASES, Case, make_case
+from .fault_driver import CALLS, Driver, need_strace, points, spread
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=SLOW_CASES)
 def case(request: pytest.FixtureRequest, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(request.param, tiny_root, tmp_path_factory.mktemp("case"))
 
@@ -27,9 +27,7 @@ def test_killed_at_any_system_call(case: Case, driver: Driver, tmp_path: Path, f
     assert files_of(out) == files_of(case.new)
     calls = points(log)
     assert len(calls) > 100
-    count = figure(2, len(calls))
-    for number in range(count):
-        name, nth = calls[number * len(calls) // count]
+    for _, name, nth in spread(calls, figure(2, len(calls))):
         case.begin(out)
         done, _ = driver.traced(
             case.command(out), ["-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={nth}"]
@@ -39,10 +37,12 @@ def test_killed_at_any_system_call(case: Case, driver: Driver, tmp_path: Path, f
 
 
 @pytest.mark.soak  # quick: test_workers_of_a_killed_build_end_by_themselves
-def test_killed_at_any_time_with_its_workers_at_work(case: Case, driver: Driver, tmp_path: Path) -> None:
+def test_killed_at_any_time_with_its_workers_at_work(
+    case: Case, driver: Driver, tmp_path: Path, figure: Figure
+) -> None:
     out = tmp_path / "s"
     draw = random.Random(1)
-    for number in range(12):
+    for number in range(figure(1, 12)):
         case.begin(out)
         child = driver.start(case.command(out, workers=3))
         time.sleep(draw.uniform(0.3, 3))

@@ -31,7 +31,7 @@ def test_of_two_builds_at_once_one_works_and_the_other_exits_75(
     case: Case, driver: Driver, tmp_path: Path, figure: Figure
 ) -> None:
     draw = random.Random(2)
-    for _ in range(figure(2, 100)):
+    for _ in range(figure(1, 100)):
         case.begin(tmp_path / "s")
         first = driver.start(case.command(tmp_path / "s"))
         time.sleep(draw.uniform(0, 0.1))

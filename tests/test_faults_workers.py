@@ -92,10 +92,10 @@ def test_workers_that_die_cost_their_scans_alone(
 ) -> None:
     series = sorted(lunaprep.open_store(built_store).scans["series_uid"])
     draw = random.Random(3)
-    out = tmp_path / "s"
-    args = ["build", "--data", phantom_root, "--out", out, "--shard-size", "1", "--workers", "2"]
     victims = figure(2, 3)
     for number in range(figure(1, 12)):
+        out = tmp_path / f"{number}"
+        args = ["build", "--data", phantom_root, "--out", out, "--shard-size", "1", "--workers", "2"]
         ways = [(DEATHS[(number + k) % 4], PLACES[(number + k) // 2 % 2]) for k in range(1, victims + 1)]
         fates = dict(zip(draw.sample(series, victims), ways, strict=True))
         driver = fated(fates)

@@ -1,5 +1,6 @@
 """Training that is stopped anywhere, loses its store under way, or runs into numbers that are none."""
 
+import errno
 import os
 import shutil
 import signal
@@ -33,8 +34,8 @@ from ..conftest import Figure
 
 QUICK = TrainConfig(model="luna", epochs=2, samples=24, batch_size=8, lr=1e-3, save_steps=2)
 STEPS = 6
-POINTS = (3, 1, 2, 4, STEPS)
-"""Steps to stop after: an epoch's last, the first, amid an epoch, the next one's first, the very last."""
+POINTS = (2, 3, 1, 4, STEPS)
+"""Steps to stop after: amid an epoch, its last, the first, the next one's first, the very last."""
 TASKS: dict[str, tuple[Any, Any]] = {
     "mal": (training, replace(MALIGNANCY, model="luna", epochs=2, samples=24, batch_size=8, save_steps=2)),
     "seg": (segmentation, SegConfig(epochs=2, samples=24, batch_size=8, side=32, seed=3, val_slices=4, save_steps=2)),
@@ -103,7 +104,7 @@ def test_stopped_at_five_points_and_resumed_is_not_stopped(
     whole = {name: plain(load_checkpoint(tmp_path / "whole" / name).state) for name in (LAST, BEST)}
     lines = [{k: v for k, v in line.items() if k != "data_wait_share"} for line in read_metrics(tmp_path / "whole")]
     assert len(lines) == 4
-    for stop_at in POINTS[: figure(2, 5)]:
+    for stop_at in POINTS[: figure(1, 5)]:
         options = TrainOptions(targets_store, tmp_path / f"cut{stop_at}")
         with monkeypatch.context() as patch:
             patch.setattr(loop, "stop_request", stop_after(stop_at))
@@ -286,3 +287,24 @@ def test_a_batch_may_be_larger_than_the_set_or_one(
     assert all(
         bool(tensor.isfinite().all()) for tensor in load_checkpoint(tmp_path / "r" / LAST).state["model"].values()
     )
+
+
+def test_a_log_that_a_full_disk_keeps_from_being_rewritten_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_text
+
+    def write_half(path: Path, text: str, **options: Any) -> None:
+        real(path, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunLog(tmp_path) as log:
+        for epoch in (1, 2, 3):
+            log.write("val", epoch, 10 * epoch, {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", write_half)
+            with pytest.raises(OSError, match="No space"):
+                log.forget_after(20)
+        assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+        log.forget_after(20)
+    assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2]

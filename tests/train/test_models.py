@@ -1,5 +1,6 @@
 """The networks: shapes, the book's names, and its state files, among them some that should not be trusted."""
 
+import copy
 import os
 import pickle
 from collections import OrderedDict
@@ -129,6 +130,28 @@ def test_luna_has_the_books_names_and_shapes() -> None:
     state = build_model("luna").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     assert shapes == BOOK_SHAPES
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_luna_is_its_layers_one_after_the_other(is_training: bool) -> None:
+    torch.manual_seed(0)
+    model = build_model("luna", 2, (16, 32, 16)).double().train(is_training)
+    nn.init.constant_(model.tail_batchnorm.weight, 0.7)
+    nn.init.constant_(model.tail_batchnorm.bias, -0.4)
+    plain = copy.deepcopy(model)
+    crops, labels = some_crops(9, (16, 32, 16)).double(), torch.arange(9) % 2
+    features = plain.tail_batchnorm(crops)
+    for block in (plain.block1, plain.block2, plain.block3, plain.block4):
+        features = nn.functional.max_pool3d(block.conv2(block.conv1(features).relu()).relu(), 2)
+    logits = plain.head_linear(features.flatten(1))
+    found = model(crops)
+    torch.testing.assert_close(found, logits)
+    for value in (found, logits):
+        nn.functional.cross_entropy(value, labels).backward()
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for one, other in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_luna_starts_as_the_book_does() -> None:
