@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("p2ch11", "p2ch13", "p2ch14", "util")
+PACKAGES = ("p2ch11", "p2ch12", "p2ch13", "p2ch14", "util")
 CHANGES = {
     "p2ch14/nodule_analysis.py": (
         ("dtype=np.int)", "dtype=int)"),
@@ -65,7 +65,7 @@ class Book:
     """
 
     def __init__(self, given: argparse.Namespace, data: Path, threads: int) -> None:
-        self.copy = given.folder.resolve() / "book"
+        self.copy: Path = given.folder.resolve() / "book"
         self.threads = threads
         self.extra = given.extra
         shutil.rmtree(self.copy, ignore_errors=True)

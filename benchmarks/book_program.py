@@ -5,43 +5,40 @@
 The last line printed is a JSON object. Only the programs' own classes and methods are called, in their order.
 """
 
+import importlib
 import json
 import random
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader, Dataset
+
+LABEL, PROBABILITY, LOSS = 0, 1, 2
+"""Rows of the book's tables of metrics."""
 
 
-def prepcache(workers: int) -> dict[str, Any]:
-    """Chapter 11's `prepcache`: seconds."""
-    from p2ch11.prepcache import LunaPrepCacheApp
-
-    app = LunaPrepCacheApp(["--num-workers", str(workers)])
+def prepcache(workers: int, chapter: int = 11) -> dict[str, Any]:
+    """Chapter 11's `prepcache`, or that of another chapter: seconds."""
+    app = importlib.import_module(f"p2ch{chapter}.prepcache").LunaPrepCacheApp(["--num-workers", str(workers)])
     started = time.perf_counter()
     app.main()
     return {"seconds": time.perf_counter() - started, "crops": len(app.prep_dl.dataset)}
 
 
-def train(
-    workers: int, seed: int, epochs: int, result: str, seconds: float = 1e9, target: float = 2.0
-) -> dict[str, Any]:
-    """Chapter 11's `training`: epochs until one of the limits, as its `main` goes through them.
+def train(workers: int, seed: int, epochs: int, result: str) -> dict[str, Any]:
+    """Chapter 11's `training`: epochs, as its `main` goes through them.
 
     Into the file `result` go the weights it started from, rows in its order, the loss of each step and validated
     probabilities of each epoch.
     """
-    from p2ch11.training import METRICS_LABEL_NDX, METRICS_LOSS_NDX, METRICS_PRED_NDX, LunaTrainingApp
-
-    random.seed(seed)
-    torch.manual_seed(seed)
-    app = LunaTrainingApp(["--num-workers", str(workers)])
+    app, loaders, rows = training_app(11, (), workers, seed)
     weights = {name: value.clone() for name, value in app.model.state_dict().items()}
-    loaders = app.initTrainDl(), app.initValDl()
-    rows = [[(c.series_uid, *c.center_xyz) for c in loader.dataset.candidateInfo_list] for loader in loaders]
-    told, started = [], time.perf_counter()
+    told = []
     for epoch in range(1, epochs + 1):
         lap = time.perf_counter()
         trained = app.doTraining(epoch, loaders[0])
@@ -49,19 +46,78 @@ def train(
         app.logMetrics(epoch, "trn", trained)
         validated = app.doValidation(epoch, loaders[1])
         app.logMetrics(epoch, "val", validated)
-        now = time.perf_counter()
-        truth, found = validated[METRICS_LABEL_NDX].numpy(), validated[METRICS_PRED_NDX].numpy()
-        losses = [float(part.mean()) for part in trained[METRICS_LOSS_NDX].split(loaders[0].batch_size)]
+        losses = [float(part.mean()) for part in trained[LOSS].split(loaders[0].batch_size)]
         told.append({
-            "train_s": train_s, "epoch_s": now - lap, "since_start_s": now - started, "auc": auc(truth, found),
-            "losses": losses, "val_loss": float(validated[METRICS_LOSS_NDX].mean()), "probability": found.tolist(),
+            "train_s": train_s, "epoch_s": time.perf_counter() - lap, "auc": auc(validated), "losses": losses,
+            "probability": validated[PROBABILITY].tolist(),
         })  # fmt: skip
-        if told[-1]["auc"] >= target or now - started >= seconds:
-            break
     app.trn_writer.close()
     app.val_writer.close()
     torch.save({"weights": weights, "train_rows": rows[0], "val_rows": rows[1], "epochs": told}, result)
     return {"epochs": len(told)}
+
+
+def race(  # noqa: PLR0913 - each is a number of the race
+    chapter: int, options: list[str], workers: int, seed: int, every: int, seconds: float, target: float, clock: str
+) -> dict[str, Any]:
+    """Train by chapter 11's or 12's program until its validation AUC is `target`, or for so long.
+
+    The validation is looked at after each `every` samples, and at the end of an epoch; `clock`, a function of `time`,
+    stands still then.
+    """
+    app, loaders, rows = training_app(chapter, options, workers, seed)
+    tell = getattr(time, clock)
+    looks: list[tuple[float, int, float]] = []
+    started = tell()
+    for epoch in count(1):
+        for part in parts(loaders[0], every):
+            app.doTraining(epoch, part)
+            spent = tell() - started
+            looks.append((spent, app.totalTrainingSamples_count, auc(app.doValidation(epoch, loaders[1]))))
+            if looks[-1][2] >= target or spent >= seconds:
+                return {"looks": looks, "val_rows": rows[1]}
+            started = tell() - spent
+    raise AssertionError
+
+
+def training_app(chapter: int, options: Sequence[str], workers: int, seed: int) -> tuple[Any, list[Any], list[Any]]:
+    """The program with its fresh model, its loaders for training and validation, and their candidates."""
+    program = importlib.import_module(f"p2ch{chapter}.training")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    app = program.LunaTrainingApp([*options, "--num-workers", str(workers)])
+    loaders = [app.initTrainDl(), app.initValDl()]
+    return app, loaders, [[(c.series_uid, *c.center_xyz) for c in x.dataset.candidateInfo_list] for x in loaders]
+
+
+class Part(Dataset[Any]):
+    """Some samples of one of the book's data sets, in their order."""
+
+    def __init__(self, whole: Any, start: int, size: int) -> None:
+        self.whole, self.start, self.size = whole, start, min(size, len(whole) - start)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        """A sample."""
+        return self.whole[self.start + index]
+
+    def shuffleSamples(self) -> None:  # noqa: N802 - what chapter 12 calls at the start of an epoch
+        """Let the data set shuffle where its epoch begins."""
+        if self.start == 0:
+            self.whole.shuffleSamples()
+
+
+def parts(loader: Any, size: int) -> Iterator[Any]:
+    """An epoch as loaders of `size` samples, the same batches in the same order."""
+    for start in range(0, len(loader.dataset), size):
+        yield DataLoader(Part(loader.dataset, start, size), loader.batch_size, num_workers=loader.num_workers)
+
+
+def auc(validated: Any) -> float:
+    """Area under the ROC curve, by scikit-learn, of the book's table of metrics."""
+    return float(roc_auc_score(validated[LABEL].numpy() > 0.5, validated[PROBABILITY].numpy()))
 
 
 def detect(workers: int, segmentation: str, classification: str) -> dict[str, Any]:
@@ -102,16 +158,6 @@ def timed(function: Any, stages: dict[str, float], name: str | None = None) -> A
     return wrapped
 
 
-def auc(truth: Any, score: Any) -> float:
-    """Area under the ROC curve by ranks, ties halved."""
-    from scipy.stats import rankdata
-
-    positive = truth > 0.5
-    num, rest = int(positive.sum()), int((~positive).sum())
-    ranks = rankdata(score)
-    return float((ranks[positive].sum() - num * (num + 1) / 2) / (num * rest)) if num and rest else float(np.nan)
-
-
 if __name__ == "__main__":
-    done = {"prepcache": prepcache, "train": train, "detect": detect}[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(json.dumps(done))
+    programs: dict[str, Any] = {"prepcache": prepcache, "train": train, "race": race, "detect": detect}
+    print(json.dumps(programs[sys.argv[1]](**json.loads(sys.argv[2]))))
