@@ -91,7 +91,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     schedule: Literal["one-cycle", "plateau", "constant"] = "one-cycle"
     label_smoothing: float = 0.05
-    ema: float = 0.0
+    ema: float = 0.99
     clip_grad: float = 1.0
     patience: int = 0
     keep_best: int = 1
@@ -145,6 +145,7 @@ BOOK = TrainConfig(
     weight_decay=0.0,
     label_smoothing=0.0,
     schedule="constant",
+    ema=0.0,
     clip_grad=0.0,
     split="candidate",
 )
@@ -155,7 +156,7 @@ PRESETS = {
 }
 """The book's settings: chapter 11 as it trains first, chapter 12 balanced and augmented."""
 
-MALIGNANCY = TrainConfig(target="is_malignant", with_others=True, finetune=2)
+MALIGNANCY = TrainConfig(target="is_malignant", with_others=True, finetune=2, ema=0.0)
 """What `lunatrain mal` starts from."""
 
 

@@ -31,6 +31,7 @@ class LocConfig(TrainConfig):
     augment: str = "all"
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     lr: float = 1e-4
+    ema: float = 0.0
     weight_decay: float = 0.0
     schedule: Literal["one-cycle", "plateau", "constant"] = "plateau"
     label_smoothing: float = 0.0

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lunatrain.checkpoint import BEST, LAST, save_checkpoint
@@ -80,7 +80,7 @@ class Trainer:
         called = run.processes.wrap(self.model)
         self.forward: nn.Module = torch.compile(called) if config.compile else called  # type: ignore[assignment]
         self.averaged = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            AveragedModel(self.model, multi_avg_fn=partial(_average, config.ema), use_buffers=True)
             if config.ema
             else None
         )
@@ -309,6 +309,22 @@ def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps
     if config.schedule == "plateau":
         return ReduceLROnPlateau(optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_EPOCHS)
     return None
+
+
+@torch.no_grad()
+def _average(decay: float, averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor) -> None:
+    """Move averaged weights and statistics towards the current ones.
+
+    The first steps move them farther, or a short run would be judged by the weights it began with; the ramp is
+    TensorFlow's, of its ExponentialMovingAverage.
+    """
+    steps = float(count)
+    share = 1 - min(decay, (1 + steps) / (10 + steps))
+    if averaged[0].is_floating_point():
+        torch._foreach_lerp_(averaged, current, share)
+        return
+    for one, other in zip(averaged, current, strict=True):
+        one.copy_(other)  # counts of batches
 
 
 def _seed_step(place: tuple[int, ...], device: torch.device) -> torch.Generator:

@@ -37,6 +37,7 @@ class SegConfig(TrainConfig):
     augment: str = "flip,offset=0.03,scale,rotate,noise"
     lr: float = 4e-3
     label_smoothing: float = 0.0
+    ema: float = 0.0
     loss: str = "dice-bce"
     side: int = 64
     negatives: bool = True

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from lunatrain.errors import UsageError
 
@@ -26,7 +27,11 @@ class LunaBlock(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, I, R, C) to (N, out_channels, I // 2, R // 2, C // 2)."""
-        features = self.conv1(features).relu_()
+        return self.after_conv1(self.conv1(features))
+
+    def after_conv1(self, features: torch.Tensor) -> torch.Tensor:
+        """(N, out_channels, I, R, C), which are overwritten, to the block's result."""
+        features = features.relu_()
         return nn.functional.max_pool3d(self.conv2(features), 2).relu_()  # as before the pool, on an eighth of it
 
 
@@ -68,12 +73,26 @@ class LunaModel(nn.Module):
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
         """HU, (N, 1, I, R, C), to logits, (N, num_classes)."""
-        features = self.tail_batchnorm(crops)
+        norm = self.tail_batchnorm
+        without = {"weight": torch.ones_like(norm.weight), "bias": torch.zeros_like(norm.bias)}
+        features = functional_call(norm, without, crops)
         parts = features.split(_part_sizes(len(crops))) if crops.device.type == "cpu" else (features,)
-        features = torch.cat([self.block2(self.block1(part)) for part in parts])
+        features = torch.cat([self.block2(self.block1.after_conv1(self._first_conv(part))) for part in parts])
         features = self.block4(self.block3(features))
         logits: torch.Tensor = self.head_linear(features.flatten(1))
         return logits
+
+    def _first_conv(self, normed: torch.Tensor) -> torch.Tensor:
+        """Batch norm's factor and summand and the first convolution, as one: its weights take them in.
+
+        The summand is that of a second channel, of ones, as no border has it. So no gradient is needed of the voxels,
+        for which one-channel convolutions are slow: 7 % of a training step.
+        """
+        conv, norm = self.block1.conv1, self.tail_batchnorm
+        weight = torch.cat([conv.weight * norm.weight, conv.weight * norm.bias], dim=1)
+        plane = normed[:, 0]
+        both = torch.stack([plane, torch.ones_like(plane)], dim=-1).movedim(-1, 1)
+        return nn.functional.conv3d(both, weight, conv.bias, padding=1)
 
     def stages(self) -> list[list[nn.Module]]:
         """Parts from the input to the logits."""
