@@ -6,6 +6,7 @@ stopped and resumed is the run that was not, bit for bit on a CPU.
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -196,12 +197,14 @@ def train(trainer: Trainer, log: RunLog | None, *, show_progress: bool = False) 
                     raise KeyboardInterrupt
                 if progress.step % run.config.save_steps == 0:
                     _save(trainer, LAST)
-            _end_epoch(trainer, log)
+            line = _end_epoch(trainer, log)
+            if show_progress and run.processes.is_first:
+                tqdm.write(line, file=sys.stderr)
     return progress
 
 
-def _end_epoch(trainer: Trainer, log: RunLog | None) -> None:
-    """Validate, log, save; go on to the next epoch."""
+def _end_epoch(trainer: Trainer, log: RunLog | None) -> str:
+    """Validate, log, save; go on to the next epoch. What came of it, in a line."""
     run, progress = trainer.run, trainer.progress
     _require_finite(trainer)
     sums = run.processes.sum(progress.sums)
@@ -230,6 +233,9 @@ def _end_epoch(trainer: Trainer, log: RunLog | None) -> None:
     if run.processes.is_first:
         for epoch in dropped:
             (run.path / epoch_file(epoch)).unlink(missing_ok=True)
+    shown = [f"{name} {validation.figures[name]:.3f}" for name in run.task.shown if name in validation.figures]
+    best = ", the best so far" if is_best else ""
+    return f"epoch {progress.epoch}/{run.config.epochs}: loss {mean_loss:.4f}; validation: {', '.join(shown)}{best}"
 
 
 def epoch_file(epoch: int) -> str:
