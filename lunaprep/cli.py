@@ -27,6 +27,7 @@ from lunaprep.errors import LunaprepError, UsageError
 EXIT_DAMAGE = 4
 EXIT_NO_SPACE = 5
 EXIT_INTERRUPTED = 130
+RETRY_S = 0.01
 
 
 class _Commands(click.Group):
@@ -60,6 +61,14 @@ _interrupts: list[int] = []
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _interrupts.append(number)
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Where Python ignores what is raised (it was clearing memory up), an interrupt is raised a moment later."""
+    if lost.exc_type is KeyboardInterrupt and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, RETRY_S)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _fail_interrupted() -> None:
@@ -292,8 +301,10 @@ def show(store: Path | None, candidate: int | None, series: str | None, worst: P
 
 def main() -> None:
     """Run the command line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM"):
+        if hasattr(signal, name):  # Windows has no alarm
+            signal.signal(getattr(signal, name), _interrupt)
+    sys.unraisablehook = _interrupt_again
     if not sys.stderr.isatty():
         os.environ.setdefault("NO_COLOR", "1")
     cli(prog_name="lunaprep")

@@ -186,3 +186,22 @@ def test_the_progress_bar_counts_scans_on_a_terminal(phantom_root: Path, tmp_pat
     assert b"6/6" in shown
     assert b"scan" in shown
     assert files_of(tmp_path / "s")
+
+
+def test_an_interrupt_that_python_would_ignore_is_raised_again(tmp_path: Path):
+    """What a destructor or a weak reference's callback raises is ignored; Ctrl-C at that moment must not be."""
+    program = """
+import signal, time, lunaprep.cli as cli
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def info(**_):
+    Dying()
+    time.sleep(20)
+cli.cli.commands["info"].callback = info
+cli.main()
+"""
+    command = [sys.executable, "-c", program, "info", "."]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=15, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (130, 1), done.stderr
+    assert "interrupted; what was finished is kept" in done.stderr
