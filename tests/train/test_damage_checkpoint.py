@@ -246,6 +246,8 @@ def test_killed_at_any_system_call_of_a_save(run: Path, tmp_path: Path) -> None:
         (run / LAST).write_bytes(before)
         kill = ["-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={nth}"]
         code = in_a_child(lambda: save_checkpoint(run / LAST, state_of(2)), traced=kill)
+        if (name, code) == ("close", 0):  # what a fork's own clearing up closed in the listing, it did not close now
+            continue
         assert code == -signal.SIGKILL, (name, nth)
         outcomes.add((run / LAST).read_bytes() == after)
         assert_whole_and_goes_on(run, before, after)
