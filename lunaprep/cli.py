@@ -28,6 +28,8 @@ EXIT_DAMAGE = 4
 EXIT_NO_SPACE = 5
 EXIT_INTERRUPTED = 130
 RETRY_S = 0.01
+TRACKER_QUIET = "ignore:resource_tracker:UserWarning"
+"""For child processes: joblib's tracker clears up after an interrupt, and need not say so."""
 
 
 class _Commands(click.Group):
@@ -305,6 +307,7 @@ def main() -> None:
         if hasattr(signal, name):  # Windows has no alarm
             signal.signal(getattr(signal, name), _interrupt)
     sys.unraisablehook = _interrupt_again
+    sys.warnoptions.append(TRACKER_QUIET)
     if not sys.stderr.isatty():
         os.environ.setdefault("NO_COLOR", "1")
     cli(prog_name="lunaprep")
