@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from lunaprep.cluster import run_on_cluster
 from lunaprep.errors import LunaprepError
-from lunaprep.scan_pass import KEPT
-from lunaprep.scans.open import first_paths
 from lunaprep.shard_work import KILLED, ShardTask, excluding, run_shard
 from lunaprep.store.receipt import Receipt
 
@@ -132,11 +130,7 @@ def _work_below(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[
 
 def _run_here(tasks: Mapping[str, ShardTask], workers: int) -> Generator[tuple[str, Receipt], None, None]:
     attempt = secrets.token_hex(8)  # half-written files of its own: a worker of a killed build may still be at work
-    soon = [first_paths(task.shard.jobs[0].scan) for task in [*tasks.values()][workers:]] + workers * [()]
-    pending = {
-        name: replace(task, attempt=attempt, ahead=ahead)
-        for (name, task), ahead in zip(tasks.items(), soon, strict=False)
-    }
+    pending = {name: replace(task, attempt=attempt) for name, task in tasks.items()}
     crashes = 0
     while pending:
         try:
@@ -157,10 +151,7 @@ def _run_here(tasks: Mapping[str, ShardTask], workers: int) -> Generator[tuple[s
 
 def _parallel(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[str, Receipt]]:
     if workers == 1:
-        try:
-            yield from map(run_shard, tasks)
-        finally:
-            KEPT.clear()
+        yield from map(run_shard, tasks)
         return
     # max_nbytes: joblib would hand large arrays over as read-only memory maps in temporary files
     # batch_size: it would give several quick shards to one worker while another has none

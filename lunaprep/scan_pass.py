@@ -4,7 +4,6 @@ It keeps a window of slices, never a scan.
 """
 
 import math
-import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,7 +123,7 @@ def pass_over(
     window = _Window(scan, hu, dtype, max((cut.depth for cut in cuts), default=1))
     hasher = xxhash.xxh3_128()
     with ExitStack() as stack:
-        cutters = [stack.enter_context(_Cutter(window, cut, hu[0], f"cut {k}")) for k, cut in enumerate(cuts)]
+        cutters = [stack.enter_context(_Cutter(window, cut, fill=hu[0])) for cut in cuts]
         for slab in iter_slabs(scan, SLAB_SLICES, hasher):
             fresh = window.take(slab)
             for cutter in cutters:
@@ -152,28 +151,6 @@ def batch_crops(crop_bytes: int) -> int:
     return max(1, BATCH_BYTES // crop_bytes)
 
 
-class _Kept(threading.local):
-    """Arrays that one scan after another uses, of each thread its own; new ones the system would have to clear."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, npt.NDArray[np.uint8]] = {}
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-        """An array of that shape; what it holds is of no use, and the last of that name is no more."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if len(self._arrays.get(name, b"")) < size:
-            self._arrays.pop(name, None)  # before there are two
-            self._arrays[name] = np.empty(size, dtype=np.uint8)
-        return self._arrays[name][:size].view(dtype).reshape(shape)
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._arrays.clear()
-
-
-KEPT = _Kept()
-
-
 class _Window:
     """The latest clipped slices of a scan: enough for any crop that the next slab completes."""
 
@@ -189,7 +166,7 @@ class _Window:
         self._hu = hu
         self._keep = depth - 1
         room = min(WINDOW_SLABS * SLAB_SLICES + self._keep, num_slices)
-        self._buffer = KEPT.array("window", (room, num_rows, num_cols), dtype)
+        self._buffer = np.empty((room, num_rows, num_cols), dtype=dtype)
 
     @property
     def slices(self) -> npt.NDArray[Any]:
@@ -235,14 +212,14 @@ class _Cutter:
     A thread hashes and writes one batch while the next are cut: both leave Python's lock to each other.
     """
 
-    def __init__(self, window: _Window, cut: Cut, fill: float, name: str) -> None:
+    def __init__(self, window: _Window, cut: Cut, fill: float) -> None:
         self._window = window
         self._cut = cut
         self._writer = cut.writer
         self._fill = fill
         self._next = 0
         num_batches = min(BATCHES, len(cut.starts) // cut.batch_crops + 1)
-        self._batches = KEPT.array(name, (num_batches, cut.batch_crops, *cut.shape), cut.writer.dtype)
+        self._batches = np.empty((num_batches, cut.batch_crops, *cut.shape), dtype=cut.writer.dtype)
         self._batch = 0
         self._held = 0
         self._writing: deque[Future[None]] = deque()

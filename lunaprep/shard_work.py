@@ -20,7 +20,6 @@ from lunaprep.scan_pass import (
     crop_depth,
     pass_over,
 )
-from lunaprep.scans.open import fetch_ahead, first_paths
 from lunaprep.scans.scan import Scan
 from lunaprep.shard_plan import ScanJob, ShardPlan
 from lunaprep.store.files import digest, hash_files, publish, write_file
@@ -52,9 +51,6 @@ class ShardTask:
     targets: bool = True
     excluded: tuple[tuple[str, str], ...] = ()
     """Series not to be touched, because they killed a worker before, and what to say of them."""
-
-    ahead: tuple[Path, ...] = ()
-    """Files that a shard begins with which is to be built soon after this one."""
 
     attempt: str = ""
     """Folder for the half-written files of this try alone, where another may still be at work on the same shard."""
@@ -187,10 +183,8 @@ def _cut_shard(task: ShardTask) -> Receipt:
             partial = task.scratch / f"{task.shard.name}.partial"
             crops = stack.enter_context(ShardWriter(partial, task.shard.rows, task.crop_shape, task.crop_dtype))
         slabs = _slab_writer(stack, task)
-        following = [*(first_paths(job.scan) for job in task.shard.jobs[1:]), task.ahead]
-        for count, (job, ahead) in enumerate(zip(task.shard.jobs, following, strict=True)):
+        for count, job in enumerate(task.shard.jobs):
             _say(task, count, job.scan.series_uid)
-            fetch_ahead(ahead)
             if job.scan.series_uid in excluded:
                 records.append(_failed(job.scan, excluded[job.scan.series_uid], retry=True))
             else:

@@ -3,8 +3,7 @@
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from lunaprep.scans.scan import Scan
 
 SUFFIXES = (".mhd", ".mha", ".nii.gz")
 """What a scan's file may be called after its series UID."""
-
-AHEAD_BYTES, AHEAD_FILES = 16 << 20, 32
-"""How much of the next scan is fetched ahead, in how many files at most: about its first 32 slices."""
 
 SERIES_UID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 
@@ -112,25 +108,6 @@ def iter_slabs(scan: Scan, num_slices: int, hasher: xxhash.xxh3_128 | None = Non
         slab.flags.writeable = False
         start += len(slab)
         yield slab
-
-
-def fetch_ahead(paths: Sequence[Path]) -> None:
-    """Let the disk begin to fetch what a scan begins with, as `first_paths` names it; nothing is waited for.
-
-    What is wrong with the files is found when they are read.
-    """
-    for path in paths:
-        with suppress(ScanError, OSError):
-            fd, _ = gate.open_plain(path, path)
-            try:
-                os.posix_fadvise(fd, 0, AHEAD_BYTES // len(paths), os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(fd)
-
-
-def first_paths(scan: Scan) -> tuple[Path, ...]:
-    """Files that hold the first slices of a scan."""
-    return scan.data_paths[:AHEAD_FILES]
 
 
 def _reader_of(scan: Scan) -> Callable[[Any, int, xxhash.xxh3_128 | None], Iterator[npt.NDArray[Any]]]:
