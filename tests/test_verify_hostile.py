@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lunaprep import schema
+from lunaprep.store.front_door import Rows, front_door_bytes
 from lunaprep.verify import verify_store
+from lunaprep.verify.heaps import HEAP, lookup3, require_heaps
 from lunaprep.verify.places import BadFileError
 from lunaprep.verify.structure import unpack
 
@@ -175,6 +177,26 @@ def test_front_door_that_leads_elsewhere(store):
         resign(store.path)
         assert codes(verify_store(store.path)) == {("hdf5-mapping", "crops.h5")}
     assert value["shards"][0]["file"] == SHARD
+
+
+@pytest.mark.parametrize("num_shards", [1, 7, 30])
+def test_every_changed_byte_of_a_list_of_mapped_files_is_seen_before_hdf5_sees_it(num_shards):
+    """HDF5 2.0 crashes on some: it looks at that checksum last. That it wrote the file is the oracle."""
+    shards = [(f"crops/subset0-{k:03}-0123456789ab.h5", k + 1) for k in range(num_shards)]
+    whole = front_door_bytes([Rows("crops", shards, CROP, "int16")], "crops.parquet", "0" * 64)
+    require_heaps(whole)
+    heap = whole.index(HEAP)
+    stop = heap + 32 + int.from_bytes(whole[heap + 24 : heap + 32], "little")
+    for at in range(heap + 32, stop, 1 + num_shards // 2):
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 1 << at % 8
+        with pytest.raises(BadFileError, match="isn't let near it"):
+            require_heaps(bytes(spoilt))
+
+
+def test_lookup3_as_its_author_published_it():
+    assert lookup3(b"") == 0xDEADBEEF
+    assert lookup3(b"Four score and seven years ago") == 0x17770551
 
 
 def test_volume_of_another_scan(store):

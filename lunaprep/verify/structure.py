@@ -18,6 +18,7 @@ import numpy as np
 
 from lunaprep import schema
 from lunaprep.verify.findings import Findings
+from lunaprep.verify.heaps import require_heaps
 from lunaprep.verify.places import BadFileError, open_plain, read_whole
 from lunaprep.verify.record import Record, ShardRecord
 
@@ -84,7 +85,7 @@ def _look_at_door(
     datasets: dict[str, tuple[str, tuple[int, int, int], list[ShardRecord]]],
 ) -> None:
     """Check a front door; `datasets` are its datasets' dtypes, crop shapes and shards."""
-    _require_heaps(read_whole(Path(file.filename).parent, Path(file.filename).name))
+    require_heaps(read_whole(Path(file.filename).parent, Path(file.filename).name))
     for name, (dtype, crop_shape, shards) in datasets.items():
         dataset = _dataset(file, name, tuple(datasets))
         if shards:
@@ -259,24 +260,6 @@ def _require_places(dataset: h5py.h5d.DatasetID, rows: int, crop_bytes: int) -> 
         if offset != expected or size != crop_bytes:
             where = f"crop {first[0]} lies at byte {offset} with {size} bytes"
             _require(False, "hdf5-offset", f"{where}, expected byte {expected} with {crop_bytes}")
-
-
-def _require_heaps(raw: bytes) -> None:
-    """Refuse lists of mapped files on which HDF5 would never come to the end, or fall: they lie in global heaps.
-
-    Of each object its size must lead to the next one, and a list can't have more entries than bytes.
-    """
-    at = raw.find(b"GCOL")
-    while at >= 0:
-        end, place = at + int.from_bytes(raw[at + 8 : at + 16], "little"), at + 16
-        _require(end <= len(raw), "hdf5-layout", f"the heap at byte {at} goes beyond the end of the file")
-        while place + 16 <= end:
-            size, is_free = int.from_bytes(raw[place + 8 : place + 16], "little"), raw[place : place + 2] == b"\0\0"
-            entries = 0 if is_free else int.from_bytes(raw[place + 17 : place + 25], "little")
-            place += size if is_free else 16 + -(-size // 8) * 8
-            whole = place <= end and entries <= size and (size >= 16 or not is_free)
-            _require(whole, "hdf5-layout", f"the heap at byte {at} is damaged; HDF5 isn't let near it")
-        at = raw.find(b"GCOL", at + 4)
 
 
 def _require_mapping(plist: h5py.h5p.PropDCID, shards: list[ShardRecord]) -> None:
