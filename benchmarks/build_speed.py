@@ -134,7 +134,7 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    plan, _ = _plan(BuildOptions(data, out, volumes=volumes, targets=volumes), Parameters(), None, keep_notes=False)
+    plan, _, _ = _plan(BuildOptions(data, out, volumes=volumes, targets=volumes), Parameters(), None, keep_notes=False)
     tasks = [ShardTask(out, s, (32, 48, 48), (-1000, 1000), plan.dtype, volumes, plan.targets) for s in plan.to_do]
     (out / "tasks.pickle").write_bytes(pickle.dumps(tasks))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

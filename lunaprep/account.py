@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lunaprep.carried import Carried
 from lunaprep.plan import Plan
 from lunaprep.store.receipt import Receipt
 
@@ -147,7 +148,12 @@ def make_preview(
 
 
 def make_account(
-    about: Preview, plan: Plan, receipts: Sequence[Receipt], record: Mapping[str, Any], seconds: float
+    about: Preview,
+    plan: Plan,
+    carried: Carried,
+    receipts: Sequence[Receipt],
+    record: Mapping[str, Any],
+    seconds: float,
 ) -> Account:
     """Sum a finished build up."""
     before = {shard.plan_key: shard.receipt for shard in plan.shards}
@@ -156,11 +162,13 @@ def make_account(
     built = sum(scan.status == "ok" for receipt in new for scan in receipt.scans)
     written = sum(receipt.bytes for receipt in cut) + _added_bytes(new, before)
     counts = record["counts"]
-    rows = plan.rows
+    labels = [(table["is_nodule"].astype(bool), table["annotation_id"].notna()) for table in (plan.rows, carried.rows)]
     crops_built = sum(receipt.rows for receipt in cut)
-    on_disk = {item.series_uid for item in plan.source.scans}
-    matched = rows["annotation_id"].notna()
+    there = {item.series_uid for item in plan.source.scans} | set(carried.scans["series_uid"])
+    series = plan.source.candidates["series_uid"]
+    absent = series[~series.isin(there)]
     notes = [scan.lungs.note for receipt in receipts for scan in receipt.scans if scan.lungs and scan.lungs.note]
+    lungs = sum(bool(scan.lungs and scan.lungs.box) for receipt in receipts for scan in receipt.scans)
     late = [str(scan.reason) for receipt in receipts for scan in receipt.scans if scan.status == "failed"]
     return Account(
         store_id=record["store_id"],
@@ -168,20 +176,20 @@ def make_account(
         scans_built=built,
         scans_kept=counts["scans_ok"] - built,
         scans_failed=counts["scans_failed"],
-        series_absent=int((~plan.source.candidates["series_uid"].drop_duplicates().isin(on_disk)).sum()),
+        series_absent=absent.nunique(),
         candidates=len(plan.source.candidates),
-        candidates_absent=plan.num_absent,
+        candidates_absent=len(absent),
         candidates_outside=len(plan.outside),
         rows_faulty=len(plan.source.faults),
         crops=counts["crops"],
         crops_built=crops_built,
         nodules=counts["nodules"],
-        nodules_unmatched=int((rows["is_nodule"] & ~matched).sum()),
-        negatives_in_nodules=int((~rows["is_nodule"] & matched).sum()),
+        nodules_unmatched=sum(int((is_nodule & ~matched).sum()) for is_nodule, matched in labels),
+        negatives_in_nodules=sum(int((~is_nodule & matched).sum()) for is_nodule, matched in labels),
         volumes=counts["volumes"],
         slabs=counts.get("slabs", 0),
         slabs_positive=counts.get("slabs_positive", 0),
-        scans_with_lungs=sum(bool(scan.lungs and scan.lungs.box) for receipt in receipts for scan in receipt.scans),
+        scans_with_lungs=lungs + int(carried.scans["lung_box"].notna().sum()),
         bytes_written=written,
         seconds=seconds,
         crops_per_s=crops_built / seconds if seconds > 0 else 0.0,

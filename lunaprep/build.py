@@ -12,8 +12,8 @@ from typing import Any
 from lunaprep import schema
 from lunaprep.account import Account, Preview, make_account, make_preview, size_text
 from lunaprep.assemble import NewStore, assemble
-from lunaprep.carried import SHARD_ID, carry_over, check_same_crops, store_subsets
-from lunaprep.errors import NoSpaceError, StoreError, UsageError
+from lunaprep.carried import SHARD_ID, Carried, carry_over, check_fits, store_subsets
+from lunaprep.errors import FormatError, NoSpaceError, StoreError, UsageError
 from lunaprep.finished import Finished, SeenInputs, find_finished
 from lunaprep.machine import available_bytes, default_workers, free_disk_bytes
 from lunaprep.parallel import Backend, Crew, run_tasks, spread
@@ -85,8 +85,9 @@ def preview(options: BuildOptions, parameters: Parameters) -> Preview:
     UsageError, TableError
         As `build`.
     """
+    options = options.everywhere
     record = _old_record(options.out)
-    plan, _ = _plan(options, parameters, record, keep_notes=False)
+    plan, _, _ = _plan(options, parameters, record, keep_notes=False)
     return make_preview(plan, *_resources(plan, options), record)
 
 
@@ -115,41 +116,46 @@ def build(options: BuildOptions, parameters: Parameters) -> Account:
         The disk is, or would get, full; finished shards are kept.
     """
     start = time.monotonic()
-    options = options.everywhere if options.backend == "dask" else options
+    options = options.everywhere
+    _check_csv(options)
     with build_lock(options.out):
         recover(options.out)
         work = options.out / schema.WORK_DIR
+        begun = [path.stem for path in (work / "tmp").glob("*.now")]
         shutil.rmtree(work / "tmp", ignore_errors=True)
         record = _old_record(options.out)
-        plan, seen = _plan(options, parameters, record, keep_notes=True)
-        carried = carry_over(options.out, record, _planned_subsets(plan))
-        check_same_crops(carried, record, parameters.to_json(), plan.dtype if carried.has_slabs else plan.crop_dtype)
+        plan, carried, seen = _plan(options, parameters, record, keep_notes=True)
         about = make_preview(plan, *_resources(plan, options), record)
         _check_space(about)
-        receipts = _run(plan, options, seen, about.workers)
+        receipts = _run(plan, options, seen, about.workers, begun)
         new = assemble(plan, receipts, carried)
         _publish(options.out, new, receipts)
         shutil.rmtree(work / "tmp", ignore_errors=True)
         if options.csv:
             write_tables(plan.source, options.csv)
-        return make_account(about, plan, receipts, new.record, time.monotonic() - start)
+        return make_account(about, plan, carried, receipts, new.record, time.monotonic() - start)
 
 
 def _old_record(out: Path) -> dict[str, Any] | None:
     """The store there is; None without one, or with one whose store.json is damaged (its shards have receipts)."""
     try:
         return read_record(out)
+    except FormatError:  # another lunaprep's, perhaps a newer one's: not ours to replace
+        raise
     except (StoreError, UsageError):
         return None
 
 
-def _planned_subsets(plan: Plan) -> set[int]:
-    return set(plan.source.subsets)
+def _check_csv(options: BuildOptions) -> None:
+    if options.csv and options.csv.resolve() == options.data.resolve():
+        message = f"--csv {options.csv}: that would write over the tables of --data. Name another folder"
+        raise UsageError(message)
 
 
 def _plan(
     options: BuildOptions, parameters: Parameters, record: Mapping[str, Any] | None, *, keep_notes: bool
-) -> tuple[Plan, SeenInputs]:
+) -> tuple[Plan, Carried, SeenInputs]:
+    """What is to be done, what of the store stays as it is, and which scans are known."""
     subsets = options.subsets
     if subsets is not None:  # what the store has besides, and the data folder still holds, is kept up to date too
         held = store_subsets(options.out)
@@ -160,8 +166,10 @@ def _plan(
     plan = make_plan(source, parameters, volumes=options.volumes, targets=options.targets, limit=options.limit)
     finished, seen = find_finished(options.out, record), SeenInputs(options.out)
     _check_nothing_lost(plan, finished)
+    carried = carry_over(options.out, record, source.subsets)
+    check_fits(carried, record, plan)
     seen.watch(job for shard in plan.shards for job in shard.jobs)
-    return decide(plan, finished.receipts, finished.is_there, seen.unchanged), seen
+    return decide(plan, finished.receipts, finished.is_there, seen.unchanged), carried, seen
 
 
 def _read_data(options: BuildOptions, subsets: tuple[int, ...] | None, keep_notes: bool) -> SourceData:
@@ -214,7 +222,7 @@ def _check_space(about: Preview) -> None:
         raise NoSpaceError(message)
 
 
-def _run(plan: Plan, options: BuildOptions, seen: SeenInputs, workers: int) -> list[Receipt]:
+def _run(plan: Plan, options: BuildOptions, seen: SeenInputs, workers: int, begun: Sequence[str]) -> list[Receipt]:
     """Receipts of all shards, in plan order."""
     receipts = {shard.plan_key: shard.receipt for shard in plan.shards if shard.action == "keep" and shard.receipt}
     jobs = {shard.plan_key: shard.jobs for shard in plan.shards}
@@ -232,7 +240,7 @@ def _run(plan: Plan, options: BuildOptions, seen: SeenInputs, workers: int) -> l
     ]
     crew = Crew(workers, options.backend, options.scheduler)
     try:
-        for receipt in run_tasks(tasks, crew, progress=options.progress):
+        for receipt in run_tasks(tasks, crew, progress=options.progress, begun=begun):
             receipts[receipt.plan_key] = receipt
             seen.note(receipt, jobs[receipt.plan_key])
             seen.save_now_and_then()

@@ -10,6 +10,7 @@ import pandas as pd
 
 from lunaprep import schema
 from lunaprep.errors import StoreError, UsageError
+from lunaprep.plan import Plan
 from lunaprep.store.tables import read_table
 
 SHARD_ID = re.compile(r"subset(\d+)-(\d+)-[0-9a-f]{12}")
@@ -82,30 +83,43 @@ def _empty(columns: Sequence[schema.Column]) -> pd.DataFrame:
     return pd.DataFrame(columns=[column.name for column in columns])
 
 
-def check_same_crops(carried: Carried, record: Mapping[str, Any] | None, wanted: Mapping[str, Any], dtype: str) -> None:
-    """Refuse to put crops made in another way beside those carried over.
+def check_fits(carried: Carried, record: Mapping[str, Any] | None, plan: Plan) -> None:
+    """Refuse to put what is planned beside rows carried over that were made in another way.
 
     Raises
     ------
     UsageError
-        A parameter that reaches the crops differs.
+        A parameter that reaches the crops or labels differs; or a table, whose row numbers are the candidates' ids; or
+        a series is in both.
     """
     if not carried.shards or record is None:
         return
+    subset = f"subset{shard_place(carried.shards[0]['id'])[0]}"
+    gone = f"{subset} of the store was made with another %s, and its scans are not in the data folder. %s"
     had = {**record["parameters"], "dtype": record["slabs" if carried.has_slabs else "crops"]["dtype"]}
-    want = {**wanted, "dtype": dtype}
-    for name in ("crop_shape", "hu", "edge", "resample_mm", "dtype"):
+    want = {**plan.parameters.to_json(), "dtype": plan.dtype if carried.has_slabs else plan.crop_dtype}
+    for name in ("crop_shape", "hu", "edge", "resample_mm", "match", "dtype"):
         if had.get(name) != want.get(name):
-            subset = shard_place(carried.shards[0]["id"])[0]
+            raise UsageError(gone % (name, f"{_as_option(name, had.get(name), want.get(name))}, or take another --out"))
+    listed = {item["role"]: item["sha256"] for item in record["inputs"]}
+    given = {item.role: item.sha256 for item in plan.source.files}
+    for role in ("candidates", "annotations"):
+        if listed.get(role) != given.get(role):
+            raise UsageError(gone % (f"table of {role}", f"Use that table (--{role}), or take another --out"))
+    places = {item.series_uid: item.subset for item in plan.source.scans}
+    for uid, number in zip(carried.scans["series_uid"], carried.scans["subset"], strict=True):
+        if uid in places:
             message = (
-                f"subset{subset} of the store was made with another {name}, and its scans are not in the data folder. "
-                f"{_as_option(name, had.get(name))}, or take another --out"
+                f"series {uid} lies in subset{places[uid]} of the data, and in subset{number} of the store, whose "
+                "folder is not in the data. Move it back, or take another --out"
             )
             raise UsageError(message)
 
 
-def _as_option(name: str, value: Any) -> str:
+def _as_option(name: str, value: Any, wanted: Any) -> str:
     """What to say to `build` to get a parameter's value again."""
+    if (name, value, wanted) == ("dtype", "int16", "float32"):
+        return "Put them back"  # the scans now need float32
     option = f"--{name.replace('_', '-')}"
     if value is None:
         return f"Leave {option} out"

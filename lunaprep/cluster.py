@@ -26,7 +26,7 @@ WORKERS_S = 60
 """How long to wait for the first worker."""
 
 MAX_BLIND_CRASHES = 3
-"""How often Dask may give a shard up before any scan of it can be blamed."""
+"""How often workers may die before any scan can be blamed."""
 
 DEATHS_TO_BLAME = 2
 """A worker may die for many reasons while it reads a scan; twice at the same one is no chance."""

@@ -29,6 +29,10 @@ class StoreError(LunaprepError, ValueError):
     """A store, or one file of it, is not what its records say."""
 
 
+class FormatError(StoreError):
+    """A store of a format that this version does not know: whole, perhaps, and another version's."""
+
+
 class DiskError(LunaprepError, OSError):
     """The disk of the store failed to read or write; no scan is to blame."""
 

@@ -19,8 +19,11 @@ from lunaprep.store.receipt import Receipt, read_receipt, receipt_bytes
 
 SEEN_FILE = "inputs.json"
 
-Stamp = tuple[int, int]
-"""Size and time of last change (ns) of a file; of several, the sums."""
+Stamp = tuple[int, int, int]
+"""Size, time of last writing and of last change (ns) of a file; of several, the sums.
+
+The last tells of a file that was unpacked once more, which keeps the archive's time of writing.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class SeenInputs:
         if path not in self._stamps:
             try:
                 stats = [file.stat() for file in scan.data_paths]
-                self._stamps[path] = (sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats))
+                written, changed = (sum(getattr(s, name) for s in stats) for name in ("st_mtime_ns", "st_ctime_ns"))
+                self._stamps[path] = (sum(s.st_size for s in stats), written, changed)
             except OSError:
-                self._stamps[path] = (-1, -1)
+                self._stamps[path] = (-1, -1, -1)
         return self._stamps[path]
 
 

@@ -5,7 +5,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +15,7 @@ import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from lunaprep.cluster import run_on_cluster
+from lunaprep.cluster import MAX_BLIND_CRASHES, run_on_cluster
 from lunaprep.errors import LunaprepError
 from lunaprep.shard_work import KILLED, ShardTask, excluding, run_shard
 from lunaprep.store.receipt import Receipt
@@ -23,9 +23,6 @@ from lunaprep.store.receipt import Receipt
 POLL_S = 0.5
 SLOW_S = 120.0
 """A scan that is read for longer is named."""
-
-MAX_BLIND_CRASHES = 3
-"""How often workers may die before any scan can be blamed."""
 
 CHUNK_ITEMS = 128
 """Items of quick work that a process is given at a time."""
@@ -50,7 +47,9 @@ class Crew:
     """Address of the Dask scheduler, or the file it wrote; None starts a cluster here."""
 
 
-def run_tasks(tasks: Sequence[ShardTask], crew: Crew, *, progress: bool) -> Iterator[Receipt]:
+def run_tasks(
+    tasks: Sequence[ShardTask], crew: Crew, *, progress: bool, begun: Collection[str] = ()
+) -> Iterator[Receipt]:
     """Yield the receipt of each task as it is done, in any order.
 
     Parameters
@@ -61,6 +60,9 @@ def run_tasks(tasks: Sequence[ShardTask], crew: Crew, *, progress: bool) -> Iter
         Who does it.
     progress : bool
         Whether to show a bar on stderr.
+    begun : collection of str
+        Shards that a build was at work on when it ended: with one worker, which is this process, a scan of theirs may
+        have killed it. They are done in a process of their own.
 
     Raises
     ------
@@ -71,7 +73,7 @@ def run_tasks(tasks: Sequence[ShardTask], crew: Crew, *, progress: bool) -> Iter
     """
     by_name = {task.shard.name: task for task in tasks}
     dask = crew.backend == "dask"
-    done = run_on_cluster(tasks, crew.workers, crew.scheduler) if dask else _run_here(by_name, crew.workers)
+    done = run_on_cluster(tasks, crew.workers, crew.scheduler) if dask else _run_here(by_name, crew.workers, begun)
     with _progress_bar(tasks, progress) as finish, closing(done):
         for name, receipt in done:
             finish(by_name[name])
@@ -128,9 +130,13 @@ def _work_below(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[
     return work(items)
 
 
-def _run_here(tasks: Mapping[str, ShardTask], workers: int) -> Generator[tuple[str, Receipt], None, None]:
+def _run_here(
+    tasks: Mapping[str, ShardTask], workers: int, begun: Collection[str]
+) -> Generator[tuple[str, Receipt], None, None]:
     attempt = secrets.token_hex(8)  # half-written files of its own: a worker of a killed build may still be at work
     pending = {name: replace(task, attempt=attempt) for name, task in tasks.items()}
+    for name in sorted(pending.keys() & begun) if workers == 1 else ():
+        yield name, _run_alone(pending.pop(name))
     crashes = 0
     while pending:
         try:

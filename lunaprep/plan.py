@@ -64,7 +64,6 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     failed: tuple[FailedScan, ...]
     outside: tuple[str, ...]
-    num_absent: int
     notes: tuple[str, ...] = ()
     """What the source says of itself, and a line for each lung mask that cannot be used, as far as known now."""
 
@@ -91,14 +90,21 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes to write; volumes are taken at half their float32 size, their masks at a twentieth of a byte."""
-        one = schema.crop_bytes(self.parameters.crop_shape, self.crop_dtype)
-        size = sum(shard.rows * one + schema.DATA_OFFSET for shard in self.to_do if shard.action == "build")
-        if self.targets:
+        return sum(map(self._bytes_of, self.shards))
+
+    def _bytes_of(self, shard: ShardPlan) -> int:
+        done = shard.receipt if shard.action == "add" else None
+        if shard.action in ("keep", "check"):
+            return 0
+        size = 0
+        if done is None:
+            one = schema.crop_bytes(self.parameters.crop_shape, self.crop_dtype)
+            size += shard.rows * one + schema.DATA_OFFSET
+        if self.targets and not (done and shard.slabs_fit(done, self.targets)):
             slab = schema.crop_bytes(schema.SLAB_SHAPE, self.dtype) + schema.crop_bytes(schema.SLAB_SHAPE, "uint8")
-            size += sum(shard.num_slabs * slab + 2 * schema.DATA_OFFSET for shard in self.to_do)
-        if not self.volumes:
-            return size
-        voxels = sum(int(np.prod(job.scan.geometry.shape_irc)) for shard in self.to_do for job in shard.jobs)
+            size += shard.num_slabs * slab + 2 * schema.DATA_OFFSET
+        jobs = shard.short_jobs(done, self.volumes, self.targets) if done else shard.jobs if self.volumes else ()
+        voxels = sum(int(np.prod(job.scan.geometry.shape_irc)) for job in jobs)
         return size + 2 * voxels + (voxels // 20 if self.targets else 0)
 
 
@@ -155,7 +161,6 @@ def make_plan(
         shards=tuple(shards),
         failed=failed,
         outside=planned.outside,
-        num_absent=int((~source.candidates["series_uid"].isin(subset_of)).sum()),
         notes=(*source.notes, *notes),
     )
 

@@ -204,7 +204,7 @@ def complete_slabs(slabs: pd.DataFrame, crops: pd.DataFrame, scans: pd.DataFrame
     by_series = scans.set_index("series_uid")
     subset = slabs["series_uid"].map(by_series["subset"]).astype("int64")
     split = slabs["series_uid"].map(dict(splits)).astype(object)
-    by_candidate = candidate.map(crops.set_index("candidate_id")["split_candidate"])
+    by_candidate = candidate.map(crops.set_index("candidate_id")["split_candidate"]).astype(object)
     return slabs.assign(
         candidate_id=candidate,
         subset=subset,

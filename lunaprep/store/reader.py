@@ -61,7 +61,7 @@ def open_store(path: str | Path) -> "Store":
     >>> store.crops(nodules[:8]).shape                          # doctest: +SKIP
     (8, 32, 48, 48)
     """
-    folder = Path(path)
+    folder = Path(path).absolute()  # what is opened stays the same wherever the program goes
     if folder.name in (schema.FRONT_DOOR_FILE, schema.SLAB_DOOR_FILE):
         folder = folder.parent
     while True:
@@ -156,9 +156,9 @@ class Store:
         """
         return self._manifest(names)
 
-    def rows(self, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
+    def rows(self, rows: npt.ArrayLike) -> pd.DataFrame:
         """Some rows of `manifest`, ascending, with their index; the others are not held."""
-        return self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, rows=rows)
+        return self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, rows=np.asarray(rows, dtype=np.int64))
 
     def _manifest(self, names: Sequence[str] | None) -> pd.DataFrame:
         frame = self._table(schema.MANIFEST_FILE, schema.MANIFEST_COLUMNS, names)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaprep import schema
-from lunaprep.errors import DiskError, StoreError, UsageError
+from lunaprep.errors import DiskError, FormatError, StoreError, UsageError
 from lunaprep.store.files import canonical_json, digest
 
 
@@ -33,16 +33,13 @@ def read_record(store: Path) -> dict[str, Any]:
     DiskError
         The system would not read it.
     StoreError
-        It is damaged, or of a format this version does not know.
+        It is damaged; a `FormatError` where it is of a format that this version does not know.
     """
     path = store / schema.STORE_FILE
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        message = (
-            f"{store} is no store: {schema.STORE_FILE}: {error.strerror}. Make one with 'lunaprep build --out {store}'"
-        )
-        raise UsageError(message) from error
+        raise UsageError(_no_store(store)) from error
     except OSError as error:
         message = f"{path} cannot be read: {error.strerror}. Look at the disk and at the rights on it"
         raise DiskError(message) from error
@@ -61,14 +58,23 @@ def read_record(store: Path) -> dict[str, Any]:
     if value.get("format") != schema.FORMAT or value.get("version") != schema.FORMAT_VERSION:
         message = (
             f"{path} has format {value.get('format')} {value.get('version')}; this lunaprep reads {schema.FORMAT} "
-            f"{schema.FORMAT_VERSION}. Build the store anew, or install the lunaprep that made it"
+            f"{schema.FORMAT_VERSION}. Install the lunaprep that made it, or take another folder"
         )
-        raise StoreError(message)
+        raise FormatError(message)
     fault = _fault_of(value)
     if fault:
         message = f"{path}: {fault}. Don't trust this store; build it anew"
         raise StoreError(message)
     return dict(value)
+
+
+def _no_store(store: Path) -> str:
+    """What is said of a folder or file that is no store."""
+    if (store / "run.json").exists():
+        return f"{store} is a run of lunatrain's, no store. Name the folder that 'lunaprep build --out' wrote"
+    if store.is_file():
+        return f"{store} is a file, no store. Name the folder that 'lunaprep build --out' wrote, or its crops.h5"
+    return f"{store} is no store: it has no {schema.STORE_FILE}. Make one with 'lunaprep build --out {store}'"
 
 
 def _fault_of(value: dict[str, Any]) -> str | None:

@@ -23,16 +23,16 @@ from lunaprep.store.files import explain_disk, hash_file, open_partial, publish,
 
 
 class _DiskFile:
-    """File object for h5py that remembers what went wrong: HDF5 must see no full disk (it crashes) and no Ctrl-C."""
+    """File object for h5py that remembers what went wrong: HDF5 must see no failing disk (it crashes) and no Ctrl-C."""
 
     def __init__(self, path: Path) -> None:
         self.error: BaseException | None = None
         self._fd = open_partial(path)
-        self._at = 0
+        self._at = self._size = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:
-            offset += os.fstat(self._fd).st_size
+            offset += self._size
         self._at = self._at + offset if whence == os.SEEK_CUR else offset
         return self._at
 
@@ -40,7 +40,11 @@ class _DiskFile:
         return self._at
 
     def read(self, count: int = -1) -> bytes:
-        return os.pread(self._fd, count if count >= 0 else 1 << 30, self._at)
+        try:
+            return os.pread(self._fd, count if count >= 0 else self._size, self._at)
+        except BaseException as error:  # raised again by the writer, outside HDF5
+            self.error = self.error or error
+            return b""
 
     def readinto(self, buffer: Any) -> int:
         data = self.read(len(buffer)).ljust(len(buffer), b"\0")
@@ -52,13 +56,14 @@ class _DiskFile:
         if self.error is None:
             try:
                 write_all(self._fd, data, self._at)
-            except BaseException as error:  # raised again by the writer, outside HDF5
+            except BaseException as error:  # as above
                 self.error = error
         self._at += len(data)
+        self._size = max(self._size, self._at)
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
-        size = self._at if size is None else size
+        self._size = size = self._at if size is None else size
         if self.error is None:
             try:
                 os.ftruncate(self._fd, size)
