@@ -280,6 +280,24 @@ def test_full_disk_met_by_another_call_is_a_plain_error_and_leaves_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["fstat", "pread"])
+def test_hdf5_never_meets_a_disk_that_does_not_answer(tmp_path, monkeypatch, call):
+    """What it asks of its file is known without asking the disk; an error from there would be a SystemError."""
+    whole = write(tmp_path / "whole.h5", VOXELS)
+    refused = []
+
+    def refuse(*args: object) -> None:
+        refused.append(args)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        writer = VolumeWriter(tmp_path / "v.h5", UID, grid(VOXELS.shape))
+        writer.append(VOXELS)
+    size_and_hash = writer.finish()
+    assert (size_and_hash, refused) == (whole[:2], [])
+
+
 def test_writes_that_take_only_some_bytes_are_gone_on_with(tmp_path, monkeypatch):
     whole = write(tmp_path / "whole.h5", VOXELS)
     real = os.pwrite
