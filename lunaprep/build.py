@@ -21,7 +21,7 @@ from lunaprep.parameters import Parameters
 from lunaprep.plan import Plan, decide, make_plan
 from lunaprep.shard_work import ShardTask, staged_receipt, staged_volume, worker_bytes
 from lunaprep.sources.csv_tables import write_tables
-from lunaprep.sources.known import read_data
+from lunaprep.sources.known import check_data, read_data
 from lunaprep.sources.luna16 import TablePaths
 from lunaprep.sources.source import SourceData
 from lunaprep.store.commit import build_lock, commit, recover
@@ -116,6 +116,7 @@ def build(options: BuildOptions, parameters: Parameters) -> Account:
         The disk is, or would get, full; finished shards are kept.
     """
     start = time.monotonic()
+    check_data(options.source, options.data, options.subsets, options.tables)  # before anything is left in --out
     options = options.everywhere
     _check_csv(options)
     with build_lock(options.out):

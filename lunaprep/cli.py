@@ -14,8 +14,8 @@ from lunaprep import __version__
 from lunaprep.cli_build import build
 from lunaprep.cli_options import (
     SOURCES,
+    UserPath,
     data_folder,
-    data_option,
     file_path,
     json_option,
     print_json,
@@ -48,8 +48,9 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:
                 _fail("the reader of the output went away", 1)
             place = f"{error.filename}: " if error.filename else ""
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            _fail(f"{place}{error.strerror or error}", EXIT_NO_SPACE if full else 1)
+            from lunaprep.store.files import no_space
+
+            _fail(f"{place}{error.strerror or error}", EXIT_NO_SPACE if no_space(error) else 1)
         except Exception:
             if _interrupts:  # it hit a library that made another error of it
                 _fail_interrupted()
@@ -96,7 +97,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", type=UserPath(file_okay=False))
 @click.option("--scans", default=10, show_default=True, help="Scans to make.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option(
@@ -111,7 +112,7 @@ def cli() -> None:
 @click.option("--hard", is_flag=True, help="Nodules that a threshold cannot find.")
 @json_option
 def phantom(folder: Path, scans: int, seed: int, size: tuple[int, int, int], hard: bool, as_json: bool) -> None:
-    """Make a synthetic LUNA16 in FOLDER: scans, annotations and candidates.
+    """Make a synthetic LUNA16 in FOLDER: scans, annotations and candidates. An earlier phantom there is replaced.
 
     \b
     Example:
@@ -127,8 +128,9 @@ def phantom(folder: Path, scans: int, seed: int, size: tuple[int, int, int], har
     if as_json:
         print_json(asdict(summary))
     else:
+        earlier = f", in place of {summary.replaced} that were there" if summary.replaced else ""
         click.echo(
-            f"{folder}: {summary.scans} scans, {summary.nodules} nodules, {summary.candidates} candidates "
+            f"{folder}: {summary.scans} scans{earlier}, {summary.nodules} nodules, {summary.candidates} candidates "
             f"({summary.positives} positive), {summary.bytes / 1e6:.1f} MB"
         )
 
@@ -136,10 +138,10 @@ def phantom(folder: Path, scans: int, seed: int, size: tuple[int, int, int], har
 class _bar:  # noqa: N801
     """A progress bar on stderr; the value of ``with`` is called with (done, total)."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int | None = None, unit: str = "scan") -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc=what, unit="scan", disable=None)
+        self._bar: Any = tqdm(desc=what, total=total, unit=unit, unit_scale=unit == "B", disable=None)
 
     def __enter__(self) -> Any:
         return self._advance
@@ -159,9 +161,11 @@ cli.add_command(build)
 @store_argument
 @click.option("--level", type=click.Choice(["quick", "full", "source"]), default="full", show_default=True,
               help="quick: structure, sizes; full: every checksum; source: also cut again from the scans.")  # fmt: skip
-@data_option
+@click.option("--data", type=UserPath(),
+              help="Folder of the scans. At level source they are read again there, by default in $LUNA16_ROOT, else "
+              "./data; at the others it is held against its data sheet, by default none is.")  # fmt: skip
 @click.option("--source", type=click.Choice(SOURCES),
-              help="What --data is a copy of.  [default: the store's, else luna16]")  # fmt: skip
+              help="What --data is a copy of; not at level source.  [default: the store's, else luna16]")  # fmt: skip
 @json_option
 @click.pass_context
 def verify(
@@ -169,8 +173,8 @@ def verify(
 ) -> None:
     """Look for damage in STORE (default: the current folder).
 
-    With --data, also hold a download against its data sheet; without a store, only that. Exit code 4 says that
-    damage was found; each piece is named by shard, row and series.
+    With --data, at levels quick and full, also hold a download against its data sheet; where there is no store, only
+    that. Exit code 4 says that damage was found; each piece is named by shard, row and series.
 
     \b
     Example:
@@ -181,62 +185,83 @@ def verify(
     """
     from lunaprep.schema import STORE_FILE
     from lunaprep.store.commit import recover_if_idle
+    from lunaprep.store.reader import store_folder
 
-    reports = []
-    folder = store or Path()
-    if data is not None and level != "source":
-        built = folder if (folder / STORE_FILE).exists() else None
-        reports.append(_check_data(data, source, built, as_json))
-    if store is not None or data is None or level == "source" or (folder / STORE_FILE).exists():
+    if source is not None and (data is None or level == "source"):
+        message = "--source says what a download is a copy of: give it with --data, and not with --level source"
+        raise UsageError(message)
+    download = data if level != "source" else None
+    if download is not None and not download.is_dir():
+        message = f"{download}: no such folder; give --data the folder of the scans"
+        raise UsageError(message)
+    folder = store_folder(store or Path())
+    is_store = (folder / STORE_FILE).exists()
+    is_typed = store is not None or ctx.get_parameter_source("level") is click.core.ParameterSource.COMMANDLINE
+    if download is not None and source is None:
+        from lunaprep.download import source_of
+
+        source = source_of(download, folder if is_store else None)
+    told: list[tuple[Any, str]] = []
+    if is_typed or is_store or download is None:
         recover_if_idle(folder)
-        reports.append(_verify_store(folder, level, data, as_json))
+        told.append(_verify_store(folder, level, data, as_json))
+    if download is not None:
+        told.append(_check_data(download, str(source), as_json))
+    is_ok = all(report.ok for report, _ in told)
     if as_json:
-        merged: dict[str, Any] = {}
-        for report in reports:
-            merged |= report.to_json()
-        print_json({**merged, "ok": all(report.ok for report in reports)})
-    if not all(report.ok for report in reports):
+        print_json({key: value for report, _ in told for key, value in report.to_json().items()} | {"ok": is_ok})
+    else:
+        for _, line in sorted(told, key=lambda one: not one[0].ok):  # the last agrees with the exit code
+            click.echo(line)
+    if not is_ok:
         ctx.exit(EXIT_DAMAGE)
 
 
-def _check_data(data: Path, source: str | None, store: Path | None, quiet: bool) -> Any:
-    from lunaprep.download import check_data, source_of
-
+def _check_data(data: Path, source: str, quiet: bool) -> tuple[Any, str]:
+    """The report on a download, whose account has been printed, and the line that ends it."""
     report: Any
-    source = source or source_of(data, store)
     if source == "luna16":
-        report = check_data(data)
+        from lunaprep.download import check_data
+
+        with _bar("headers") as advance:
+            report = check_data(data, progress=advance)
     else:
         from lunaprep.download_dicom import check_dicom
 
-        report = check_dicom(data, source)
+        report = check_dicom(data, source, progress=True)
     if not quiet:
         click.echo(report.text())
-    return report
+    errors = sum(finding.severity == "error" for finding in report.findings)
+    verdict = f"{errors:,} error{'s' * (errors > 1)}, named above" if errors else "no error found"
+    return report, f"{data} (data): {verdict}"
 
 
-def _verify_store(store: Path, level: str, data: Path | None, quiet: bool) -> Any:
-    from tqdm import tqdm
-
+def _verify_store(store: Path, level: str, data: Path | None, quiet: bool) -> tuple[Any, str]:
+    """The report on a store, whose findings have been printed, and the line that ends it."""
     from lunaprep.verify import verify_store
 
     source = data_folder(data) if level == "source" else None
-    with tqdm(desc=f"verify {level}", unit="B", unit_scale=True, disable=None) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _bar(f"verify {level}", unit="B") as advance:
         report = verify_store(store, level, source, advance)  # type: ignore[arg-type]
     if not quiet:
         print_lines([finding.line() for finding in report.findings])
-        counts = report.counts
-        verdict = "no damage found" if report.ok else "DAMAGED. Delete the files named; build makes them again"
-        click.echo(
-            f"{store} ({level}): {counts['shards']} shards, {counts['crops']:,} crops, {counts['volumes']:,} volumes, "
-            f"{counts['bytes_read'] / 1e9:.2f} GB read: {verdict}"
+    counts = report.counts
+    scans = f"{counts['scans_cut_again']} of {counts['scans']} scans cut again, " if "scans" in counts else ""
+    return report, (
+        f"{store} ({level}): {counts['shards']} shards, {counts['crops']:,} crops, {counts['volumes']:,} volumes, "
+        f"{scans}{counts['bytes_read'] / 1e9:.2f} GB read: {_verdict(report)}"
+    )
+
+
+def _verdict(report: Any) -> str:
+    if report.ok:
+        return "no damage found"
+    if all(finding.code.startswith("source-") for finding in report.findings if finding.severity == "error"):
+        return (
+            "THE SCANS named are not those it was built from. Nothing in the store needs deleting: put the scans back, "
+            "or build again"
         )
-    return report
+    return "DAMAGED. Delete the files of the store that are named; build makes them again"
 
 
 @cli.command()
@@ -266,7 +291,7 @@ def info(store: Path | None, as_json: bool) -> None:
 @click.option("--series", metavar="UID", help="Draw this series with its candidates; the end of the UID is enough.")
 @click.option(
     "--worst",
-    type=click.Path(path_type=Path, exists=True),
+    type=UserPath(exists=True),
     metavar="RUN",
     help="Draw the crops this run of lunatrain was most wrong about, as its last 'lunatrain eval' has it.",
 )

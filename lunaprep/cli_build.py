@@ -11,6 +11,8 @@ from lunaprep.cli_options import (
     Bytes,
     Spacing,
     Subsets,
+    UserPath,
+    at_home,
     data_folder,
     data_option,
     json_option,
@@ -27,10 +29,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @data_option
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="The store's folder.  [default: .]"
-)
-@click.option("--subsets", type=Subsets(), help="Subsets to take, such as 0-9 or 0,3.  [default: all there are]")
+@click.option("--out", type=UserPath(file_okay=False), default=Path(), help="The store's folder.  [default: .]")
+@click.option("--subsets", type=Subsets(), multiple=True,
+              help="Subsets to take, such as 0-9 or 0,3.  [default: all there are]")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: the cores, as far as memory allows]")
 @click.option(
     "--source",
@@ -66,9 +67,9 @@ if TYPE_CHECKING:
               help="Also make lung and nodule masks, and slabs to train a segmentation on.")  # fmt: skip
 @click.option("--slab-negatives", type=float, default=1.0, show_default=True, metavar="RATIO",
               help="Slabs that show no nodule, for each one that does, about.")  # fmt: skip
-@click.option("--lungs", type=click.Path(path_type=Path, file_okay=False, exists=True),
+@click.option("--lungs", type=UserPath(file_okay=False, exists=True),
               help="Folder of lung masks, UID.mhd.  [default: seg-lungs-LUNA16, if there; else computed]")  # fmt: skip
-@click.option("--csv", type=click.Path(path_type=Path, file_okay=False),
+@click.option("--csv", type=UserPath(file_okay=False),
               help="Folder to write the source's tables to, as LUNA16's; the FROC reads them.")  # fmt: skip
 @click.option("--backend", type=click.Choice(["loky", "dask"]), default="loky", show_default=True,
               help="Processes of this machine, or a Dask cluster.")  # fmt: skip
@@ -115,7 +116,7 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
         data=data_folder(options["data"]),
         out=options["out"],
         source=options["source"],
-        subsets=options["subsets"],
+        subsets=tuple(sorted({number for numbers in options["subsets"] for number in numbers})) or None,
         tables=tables,
         volumes=options["volumes"],
         targets=options["targets"],
@@ -123,7 +124,7 @@ def _build_options(options: dict[str, Any]) -> tuple["BuildOptions", "Parameters
         limit=options["limit"],
         workers=options["workers"],
         backend=options["backend"],
-        scheduler=options["scheduler"],
+        scheduler=options["scheduler"] and at_home(options["scheduler"]),
         progress=True,
     )
     names = ("crop_shape", "resample_mm", "hu", "dtype", "edge", "match", "val_stride", "slab_negatives")

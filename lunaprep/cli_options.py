@@ -27,7 +27,7 @@ class Bytes(click.ParamType[int]):
         if isinstance(value, int):
             return value
         units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-z]*)", str(value).strip().lower())
         if not match or match[2] not in units:
             self.fail(f"{value!r} is no size; write 1GiB, 500MB or a number of bytes", param, ctx)
         return int(float(match[1]) * units[match[2]])
@@ -72,20 +72,36 @@ class Spacing(click.ParamType[tuple[float, float, float]]):
         return i, r, c
 
 
-store_argument = click.argument("store", required=False, type=click.Path(path_type=Path))
+class UserPath(click.Path):
+    """A path; ``~`` is the home folder also where the shell leaves it alone, as in ``--out=~/store``."""
+
+    def __init__(self, **kinds: bool) -> None:
+        super().__init__(path_type=Path, **kinds)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        return super().convert(at_home(value), param, ctx)
+
+
+def at_home(path: str | Path) -> str:
+    """A path with ``~`` at its start made the home folder."""
+    return os.path.expanduser(path)  # noqa: PTH111 - that of pathlib refuses ~name where there is no such user
+
+
+store_argument = click.argument("store", required=False, type=UserPath())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Folder with subset0 to subset9 and the CSV files.  [default: $LUNA16_ROOT, else ./data]",
 )
-file_path = click.Path(path_type=Path, dir_okay=False)
-table_path = click.Path(path_type=Path, dir_okay=False, exists=True)
+file_path = UserPath(dir_okay=False)
+table_path = UserPath(dir_okay=False, exists=True)
 
 
 def data_folder(data: Path | None) -> Path:
     """The folder of scans: as given, else ``$LUNA16_ROOT``, else ``data``."""
-    return data or Path(os.environ.get("LUNA16_ROOT") or "data")
+    return data or Path(at_home(os.environ.get("LUNA16_ROOT") or "data"))
 
 
 def print_json(value: Any) -> None:

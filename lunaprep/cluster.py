@@ -196,7 +196,7 @@ def _distributed() -> Any:
     try:
         import distributed
     except ImportError as error:
-        message = "--backend dask needs the package distributed. Install it: pip install 'lunaprep[dask]'"
+        message = "--backend dask needs the package distributed. Install it: pip install '.[dask]' in lunaprep's clone"
         raise LunaprepError(message) from error
     return distributed
 

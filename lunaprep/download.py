@@ -1,13 +1,17 @@
 """A download held against its data sheet: what is there, what is missing, what was changed."""
 
 import hashlib
+import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lunaprep.datasheet import load_sheet
 from lunaprep.errors import LunaprepError, ScanError, UsageError
+from lunaprep.sources.advice import SUBSET, looks_like_dicom, no_luna16
+from lunaprep.sources.phantom import MARKER_FILE, MAX_SUBSETS
 from lunaprep.store.record import read_record
 
 if TYPE_CHECKING:
@@ -21,9 +25,6 @@ MOST_TABLE_BYTES = 1 << 30
 
 ROLES = {"readings": "lidc", "boxes": "lung-pet-ct-dx"}
 """Inputs that only one source has."""
-
-MOST_LOOKED_AT = 200
-"""Files that are opened to see whether a folder is one of DICOM."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,17 @@ class _Copy:
         return len(paths), sum(path not in self.scans for path in paths)
 
 
-def check_data(data: Path, sheet: str = "luna16") -> DataReport:
+def check_data(data: Path, sheet: str | None = None, progress: Callable[[int, int], None] | None = None) -> DataReport:
     """Hold a download against its data sheet: scans, headers and sizes, tables, oddities.
 
     Parameters
     ----------
     data : Path
         Folder with the subset folders and the tables.
-    sheet : str
-        Name of the data sheet.
+    sheet : str, optional
+        Name of the data sheet; without one the phantom's, where `lunaprep phantom` made the folder, else LUNA16's.
+    progress : callable, optional
+        Called with scans opened and scans in all, after each.
 
     Raises
     ------
@@ -161,13 +164,16 @@ def check_data(data: Path, sheet: str = "luna16") -> DataReport:
     """
     from lunaprep.verify.findings import Findings
 
-    known = load_sheet(sheet)
     data = Path(data)
     if not data.is_dir():
         message = f"{data}: no such folder; give --data the folder that holds subset0 to subset9"
         raise UsageError(message)
+    sheet = sheet or ("phantom" if (data / MARKER_FILE).is_file() else "luna16")
+    known = load_sheet(sheet)
+    if sheet == "phantom":
+        known["counts"] = _phantom_counts(data / MARKER_FILE)
     found = Findings()
-    copy = _open_all(data, found)
+    copy = _open_all(data, found, progress or (lambda done, total: None))
     subsets = _check_subsets(known, copy, found)
     tables, series = _check_tables(known, data, found)
     missing = tuple(sorted(series - set(copy.paths)))
@@ -190,13 +196,25 @@ def check_data(data: Path, sheet: str = "luna16") -> DataReport:
     )
 
 
-def _open_all(data: Path, found: "Findings") -> _Copy:
+def _phantom_counts(marker: Path) -> dict[str, Any]:
+    """What a phantom should hold, by the file it was begun with; nothing where that doesn't say."""
+    try:
+        made = json.loads(marker.read_bytes())
+        scans, subsets = int(made["num_scans"]), int(made["num_subsets"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if scans < 1 or not 1 <= subsets <= MAX_SUBSETS:
+        return {}
+    return {"series": scans, "subsets": [len(range(k, scans, subsets)) for k in range(min(scans, subsets))]}
+
+
+def _open_all(data: Path, found: "Findings", progress: Callable[[int, int], None]) -> _Copy:
     from lunaprep.scans.open import SUFFIXES, open_scan
 
     copy = _Copy()
     for folder in sorted(data.glob("subset*")):
-        number = folder.name.removeprefix("subset")
-        if not (number.isascii() and number.isdigit() and folder.is_dir()):
+        number = SUBSET.fullmatch(folder.name)
+        if number is None or not folder.is_dir():
             continue
         for path in sorted(folder.iterdir()):
             suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
@@ -204,12 +222,15 @@ def _open_all(data: Path, found: "Findings") -> _Copy:
                 continue
             uid = path.name.removesuffix(suffix)
             copy.paths[uid].append(path)
-            copy.subset_of[path] = int(number)
-            try:
-                copy.scans[path] = open_scan(path, data)
-            except ScanError as error:
-                place = path.relative_to(data).as_posix()
-                found.error("scan-unreadable", place, str(error), series_uid=uid)
+            copy.subset_of[path] = int(number[1])
+    for done, path in enumerate(copy.subset_of, 1):
+        place = path.relative_to(data).as_posix()
+        try:
+            copy.scans[path] = open_scan(path, path.parent)  # as in a build: the folder may be a link to another disk
+        except ScanError as error:
+            suffix = next(s for s in SUFFIXES if path.name.endswith(s))
+            found.error("scan-unreadable", place, str(error), series_uid=path.name.removesuffix(suffix))
+        progress(done, len(copy.subset_of))
     for uid, paths in sorted(copy.paths.items()):
         if len(paths) > 1:
             places = ", ".join(path.relative_to(data).as_posix() for path in paths)
@@ -355,21 +376,4 @@ def source_of(data: Path, store: Path | None) -> str:
         return "luna16"
     if store is not None:
         return "dicom"
-    message = (
-        f"{data} holds DICOM files and no subset0 to subset9, so it is no LUNA16. Say what it is: --source lidc, "
-        "--source lung-pet-ct-dx, or --source dicom for any other"
-    )
-    raise UsageError(message)
-
-
-def looks_like_dicom(data: Path) -> bool:
-    """Whether a folder holds DICOM files: one of the first `MOST_LOOKED_AT` has ``DICM`` at byte 128."""
-    paths = (path for path in data.rglob("*") if path.is_file() and not path.is_symlink())
-    for _, path in zip(range(MOST_LOOKED_AT), paths, strict=False):
-        try:
-            with path.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    return True
-        except OSError:
-            continue
-    return False
+    raise UsageError(no_luna16(data))

@@ -3,14 +3,19 @@
 Headers are read, no pixel. A plain DICOM folder has no sheet: then it is only said what was found.
 """
 
+import os
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lunaprep.datasheet import load_sheet
 from lunaprep.errors import TableError
+from lunaprep.machine import default_workers
+from lunaprep.parallel import spread
 from lunaprep.scans import gate
+from lunaprep.scans.dicom_notes import HeaderNotes
 from lunaprep.sources.dicom_folders import FoundFolder, find_boxes, find_readings, find_scans
 from lunaprep.sources.voc_xml import index_boxes
 
@@ -77,7 +82,7 @@ class DicomReport:
         return {"data": {"ok": self.ok, "account": self.account(), **value}}
 
 
-def check_dicom(data: Path, source: str) -> DicomReport:
+def check_dicom(data: Path, source: str, progress: bool = False) -> DicomReport:
     """Hold a DICOM folder against its source's data sheet.
 
     Parameters
@@ -86,6 +91,8 @@ def check_dicom(data: Path, source: str) -> DicomReport:
         The folder.
     source : {"dicom", "lidc", "lung-pet-ct-dx"}
         What it is a copy of.
+    progress : bool
+        Whether to show a bar on stderr while the headers of many files are read.
 
     Raises
     ------
@@ -94,7 +101,8 @@ def check_dicom(data: Path, source: str) -> DicomReport:
     """
     from lunaprep.verify.findings import Findings
 
-    folder = find_scans(data)
+    read_many = partial(spread, workers=default_workers(), what="headers", progress=progress)
+    folder = find_scans(data, HeaderNotes(Path(os.devnull), read_many))  # none are known, and none are kept
     known = load_sheet(SHEETS[source]) if source in SHEETS else {}
     found = Findings()
     _check_series(data, folder, known, found)

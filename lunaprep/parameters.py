@@ -61,7 +61,7 @@ class Parameters:
         _require(self.match in schema.MATCHES, "match", self.match, " or ".join(schema.MATCHES))
         _require(self.val_stride >= 2, "val_stride", self.val_stride, "2 or more")
         _require(0 <= self.slab_negatives <= MAX_RATIO, "slab_negatives", self.slab_negatives, f"0 to {MAX_RATIO}")
-        _require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 byte or more")
+        _require(self.shard_bytes >= 1, "shard_size", self.shard_bytes, "1 byte or more")
         if self.resample_mm is not None:
             low_mm, high_mm = RESAMPLE_LIMITS_MM
             good = len(self.resample_mm) == 3 and all(low_mm <= mm <= high_mm for mm in self.resample_mm)

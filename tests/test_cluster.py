@@ -158,7 +158,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line(phantom_root: Path, tmp_pa
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(LunaprepError, match=r"pip install 'lunaprep\[dask\]'"):
+    with pytest.raises(LunaprepError, match=r"pip install '\.\[dask\]'"):
         next(run_on_cluster([cast(ShardTask, None)], 1, None))
 
 

@@ -9,9 +9,10 @@ from click.testing import CliRunner
 
 from lunaprep import download_dicom
 from lunaprep.cli import cli
-from lunaprep.download import looks_like_dicom, source_of
+from lunaprep.download import source_of
 from lunaprep.download_dicom import check_dicom
 from lunaprep.errors import UsageError
+from lunaprep.sources.advice import looks_like_dicom
 
 from .dicom_files import SERIES_UID, write_series
 from .test_dicom_folders import box_file

@@ -123,6 +123,7 @@ def test_largest_nodule_is_the_largest_and_0_where_there_is_none():
 
 def test_series_without_a_patient_in_the_malignancy_table_are_not_one_patient(tmp_path):
     (tmp_path / "subset0").mkdir()
+    (tmp_path / "subset0" / "a.mhd").touch()
     head = "seriesuid,coordX,coordY,coordZ,"
     (tmp_path / "candidates.csv").write_text(head + "class\n")
     (tmp_path / "annotations.csv").write_text(head + "diameter_mm\n")

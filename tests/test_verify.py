@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lunaprep.errors import UsageError
-from lunaprep.verify import verify_store
+from lunaprep.schema import SLAB_SHAPE
+from lunaprep.verify import hashing, verify_store
 
+from .conftest import NUM_SCANS, SIZE
 from .handmade_store import (
     ALIKE,
     DTYPES,
@@ -71,8 +73,18 @@ def test_handmade_store_reads_through_its_front_door(pristine):
 def test_progress_ends_at_its_total(pristine):
     seen: list[tuple[int, int]] = []
     report = verify_store(pristine.path, "source", pristine.data, lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == report.counts["bytes_read"]
-    assert seen[-1][0] <= seen[-1][1]
+    assert seen[-1] == (report.counts["bytes_read"], report.counts["bytes_read"])
+
+
+def test_masks_that_are_looked_at_go_on_with_the_progress(built_store, monkeypatch):
+    monkeypatch.setattr(hashing, "TELL_BYTES", 1)
+    seen: list[tuple[int, int]] = []
+    report = verify_store(built_store, "full", progress=lambda done, total: seen.append((done, total)))
+    receipts = sum(path.stat().st_size for path in built_store.glob("crops/*.json"))  # no record says how large
+    assert seen[0][1] + receipts == seen[-1][1] == seen[-1][0]
+    slabs = np.prod(SLAB_SHAPE) * report.counts["slabs"]
+    assert seen[-1][0] - report.counts["bytes_read"] == 2 * NUM_SCANS * np.prod(SIZE) + slabs
+    assert sum(done > report.counts["bytes_read"] for done, _ in seen) == NUM_SCANS
 
 
 @pytest.mark.parametrize("case", ["no folder", "no store", "level", "no data"])

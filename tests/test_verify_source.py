@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from lunaprep.errors import UsageError
 from lunaprep.verify import verify_store
 
 from .handmade_store import (
@@ -117,11 +118,41 @@ def test_source_voxels_changed(store):
     assert [(f.code, f.place) for f in found] == [("source-changed", "subset1/1.2.840.3.mhd")]
 
 
-def test_source_may_lie_behind_a_link_inside_the_data_folder(store):
-    (store.data / "subset1").rename(store.data / "disk2")
-    (store.data / "subset1").symlink_to("disk2")
+def test_a_subset_folder_may_be_a_link_to_another_disk_as_in_a_build(store):
+    outside = store.data.parent / "outside"
+    (store.data / "subset1").rename(outside)
+    (store.data / "subset1").symlink_to(outside)
+    report = verify_store(store.path, "source", store.data)
+    assert report.findings == ()
+    assert report.counts["scans_cut_again"] == report.counts["scans"] == 3
+
+
+@pytest.mark.parametrize("suffix", ["mhd", "raw"])
+def test_a_scan_that_leads_out_of_its_own_folder_is_not_read(store, suffix):
+    path = store.data / f"subset1/1.2.840.3.{suffix}"
+    path.rename(path.with_name(f"real.{suffix}"))
+    path.symlink_to(f"real.{suffix}")
     assert verify_store(store.path, "source", store.data).findings == ()
-    (store.data / "disk2").rename(store.data.parent / "outside")
-    (store.data / "subset1").unlink()
-    (store.data / "subset1").symlink_to(store.data.parent / "outside")
-    assert {f.code for f in errors(verify_store(store.path, "source", store.data))} == {"source-unreadable"}
+    path.unlink()
+    path.with_name(f"real.{suffix}").rename(store.data / f"subset0/elsewhere.{suffix}")
+    path.symlink_to(store.data / f"subset0/elsewhere.{suffix}")
+    (finding,) = errors(verify_store(store.path, "source", store.data))
+    assert (finding.code, finding.series_uid) == ("source-unreadable", "1.2.840.3")
+    assert f"1.2.840.3.{suffix} leads out of its folder" in finding.message
+
+
+def test_a_folder_with_none_of_the_scans_is_refused_before_anything_is_read(store, tmp_path):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match=r"other: not one of the store's 3 scans is there, such as 'subset.*--data"):
+        verify_store(store.path, "source", tmp_path / "other")
+    for path in store.data.rglob("*.raw"):
+        path.unlink()
+    with pytest.raises(UsageError, match="not one of the store's 3 scans"):
+        verify_store(store.path, "source", store.data)
+
+
+def test_it_is_counted_how_many_scans_were_cut_again(store):
+    (store.data / "subset1/1.2.840.3.raw").unlink()
+    counts = verify_store(store.path, "source", store.data).counts
+    assert (counts["scans"], counts["scans_cut_again"]) == (3, 2)
+    assert "scans" not in verify_store(store.path, "full").counts

@@ -206,7 +206,7 @@ def _decoded(item: SliceHeader, content: bytes) -> Array:
         _check_frame(item, fragments[0], syntax in JPEG_2000)
     decoder: Any = get_decoder(syntax)
     if not decoder.is_available:
-        text = f"its pixels are compressed as {shown(syntax.name, 60)}; install lunaprep[dicom], or decompress it"
+        text = f"its pixels are compressed as {shown(syntax.name, 60)}; install python-gdcm, or decompress it"
         raise fault(item.path, text)
     try:
         with warnings.catch_warnings():

@@ -105,9 +105,7 @@ def find_scans(root: Path, notes: HeaderNotes | None = None) -> FoundFolder:
     UsageError
         No such folder, or no CT series in it.
     """
-    if not root.is_dir():
-        message = f"{root}: no such folder; give the one that holds the DICOM files with --data"
-        raise UsageError(message)
+    check_root(root)
     folder = find_series(root, notes)
     found: list[FoundSeries] = []
     left_out = []
@@ -117,9 +115,29 @@ def find_scans(root: Path, notes: HeaderNotes | None = None) -> FoundFolder:
         else:
             found.append(_checked(series))
     if not found:
-        message = f"{root} holds no CT series ({folder.num_other} other files, {len(left_out)} other series)"
+        what = f"{folder.num_other} other files, {len(left_out)} other series"
+        advice = (
+            "leave --source out" if any(root.glob("subset[0-9]")) else "give the folder of the CT scans with --data"
+        )
+        message = f"{root} holds no CT series ({what}); {advice}"
         raise UsageError(message)
     return FoundFolder(tuple(found), tuple(left_out), folder.num_other, folder.faults)
+
+
+def check_root(root: Path) -> None:
+    """Refuse a folder that is not there, or that holds no file at all; none is opened.
+
+    Raises
+    ------
+    UsageError
+        So it is.
+    """
+    if not root.is_dir():
+        message = f"{root}: no such folder; give the one that holds the DICOM files with --data"
+        raise UsageError(message)
+    if not any(path.is_file() for path in root.rglob("*")):
+        message = f"{root} holds no CT series (it has no file at all); give the folder of the CT scans with --data"
+        raise UsageError(message)
 
 
 def _checked(series: DicomSeries) -> FoundSeries:

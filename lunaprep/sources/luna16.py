@@ -1,6 +1,5 @@
 """LUNA16: subset0 to subset9 with one .mhd and .raw a series, and CSV tables beside them."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from lunaprep.csv_rows import RowFault
 from lunaprep.datasheet import load_sheet
 from lunaprep.errors import UsageError
 from lunaprep.scans.open import SUFFIXES
+from lunaprep.sources.advice import SUBSET, passed_over, without_subsets
 from lunaprep.sources.source import FoundScan, SourceData, input_file
 
 CANDIDATES = ("candidates_V2.csv", "candidates.csv")
@@ -23,8 +23,6 @@ PATIENTS = ("patients.csv", "luna16_series_to_lidc_patient.csv")
 LUNGS = "seg-lungs-LUNA16"
 """LUNA16's own masks of the lungs, a file a scan."""
 
-_SUBSET = re.compile(r"subset([0-9]{1,4})")
-
 
 @dataclass(frozen=True)
 class TablePaths:
@@ -35,6 +33,16 @@ class TablePaths:
     malignancy: Path | None = None
     patients: Path | None = None
     lungs: Path | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything of a copy lies: its scans, the tables and lung masks that are there, and what is odd in it."""
+
+    subsets: tuple[int, ...]
+    scans: tuple[FoundScan, ...]
+    tables: TablePaths
+    notes: tuple[str, ...]
 
 
 def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -> SourceData:
@@ -56,49 +64,75 @@ def read_source(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -
     TableError
         A table that cannot be used as a whole.
     """
-    folders = _subset_folders(root, subsets)
-    candidates_path = tables.candidates or _first_of(root, CANDIDATES, "candidates")
-    annotations_path = tables.annotations or _first_of(root, (ANNOTATIONS,), "annotations")
-    candidates = read_candidates(candidates_path)
-    annotations = read_annotations(annotations_path)
-    files = [input_file("candidates", candidates_path), input_file("annotations", annotations_path)]
+    places = find_files(root, subsets, tables)
+    named = places.tables
+    assert named.candidates and named.annotations  # noqa: PT018 - find_files has found them
+    candidates, annotations = read_candidates(named.candidates), read_annotations(named.annotations)
+    files = [input_file("candidates", named.candidates), input_file("annotations", named.annotations)]
     faults = [*candidates.faults, *annotations.faults]
-    malignancy_path = tables.malignancy or _if_there(root / MALIGNANCY)
     malignancy = None
-    if malignancy_path:
-        table = read_malignancy(malignancy_path)
+    if named.malignancy:
+        table = read_malignancy(named.malignancy)
         malignancy = table.frame
-        files.append(input_file("malignancy", malignancy_path))
+        files.append(input_file("malignancy", named.malignancy))
         faults += table.faults
-    patients_path = tables.patients or next(filter(None, (_if_there(root / name) for name in PATIENTS)), None)
     patients = _known_patients(malignancy)
-    if patients_path:
-        mapping, more = read_patients(patients_path)
+    if named.patients:
+        mapping, more = read_patients(named.patients)
         patients |= mapping
-        files.append(input_file("patients", patients_path))
+        files.append(input_file("patients", named.patients))
         faults += more
-    lungs = tables.lungs or (root / LUNGS if (root / LUNGS).is_dir() else None)
-    if lungs is not None and not lungs.is_dir():
-        message = f"{lungs}: no such folder; give the folder that holds a UID.mhd for each scan, or leave --lungs out"
-        raise UsageError(message)
-    headers = _headers(folders)
     return SourceData(
         root=root,
-        subsets=tuple(folders),
-        scans=_find_scans(headers),
+        subsets=places.subsets,
+        scans=places.scans,
         candidates=candidates.frame,
         annotations=annotations.frame,
         malignancy=malignancy,
         patients=patients,
         files=tuple(files),
         faults=_once(faults),
-        lungs=lungs,
-        notes=tuple(
+        lungs=named.lungs,
+        notes=places.notes,
+    )
+
+
+def find_files(root: Path, subsets: Sequence[int] | None, tables: TablePaths) -> Places:
+    """Find the scans and the tables, as `read_source`; no file is opened.
+
+    Raises
+    ------
+    UsageError
+        No such folder, subset or table, or no scan.
+    """
+    folders = _subset_folders(root, subsets)
+    headers = _headers(folders)
+    scans = _find_scans(headers)
+    notes = [
+        *_misnamed(root),
+        *filter(None, map(passed_over, folders.values())),
+        *(
             f"{str(path)!a}: passed over, its name is no text (UTF-8), so no series UID. Rename it"
             for _, path in headers
             if not _is_text(path.name)
         ),
+    ]
+    if not scans:
+        names = ", ".join(folder.name for folder in folders.values())
+        message = f"{root}: no scan ({', '.join(SUFFIXES)}) in {names}: {notes[-1]}"
+        raise UsageError(message)
+    lungs = tables.lungs or (root / LUNGS if (root / LUNGS).is_dir() else None)
+    if lungs is not None and not lungs.is_dir():
+        message = f"{lungs}: no such folder; give the folder that holds a UID.mhd for each scan, or leave --lungs out"
+        raise UsageError(message)
+    found = TablePaths(
+        candidates=tables.candidates or _needed(root, CANDIDATES, "candidates"),
+        annotations=tables.annotations or _needed(root, (ANNOTATIONS,), "annotations"),
+        malignancy=tables.malignancy or _first_of(root, (MALIGNANCY,)),
+        patients=tables.patients or _first_of(root, PATIENTS),
+        lungs=lungs,
     )
+    return Places(tuple(folders), scans, found, tuple(notes))
 
 
 def _subset_folders(root: Path, subsets: Sequence[int] | None) -> dict[int, Path]:
@@ -108,11 +142,10 @@ def _subset_folders(root: Path, subsets: Sequence[int] | None) -> dict[int, Path
     there = {
         int(match[1]): path
         for path in sorted(root.iterdir())
-        if (match := _SUBSET.fullmatch(path.name)) and path.is_dir()
+        if (match := SUBSET.fullmatch(path.name)) and path.is_dir()
     }
     if not there:
-        message = f"{root} holds no subset folder; expected subset0 to subset9. Unpack LUNA16's archives into it"
-        raise UsageError(message)
+        raise UsageError(without_subsets(root))
     wanted = sorted(there) if subsets is None else sorted(set(subsets))
     missing = [number for number in wanted if number not in there]
     if missing:
@@ -156,16 +189,34 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _first_of(root: Path, names: Sequence[str], role: str) -> Path:
-    for name in names:
-        if (root / name).is_file():
-            return root / name
-    message = f"{root} has no {' or '.join(names)}. Put it beside the subset folders, or give --{role} FILE"
+def _misnamed(root: Path) -> list[str]:
+    """A line for each folder that is meant as a subset, going by its name, and is none."""
+    return [
+        f"{path.name!a} is passed over; subsets are named subset0, subset1, … Rename it, or move its scans into one"
+        for path in sorted(root.glob("[sS][uU][bB][sS][eE][tT]*"))
+        if path.is_dir() and not SUBSET.fullmatch(path.name)
+    ]
+
+
+def _needed(root: Path, names: Sequence[str], role: str) -> Path:
+    if path := _first_of(root, names):
+        return path
+    folders = ", ".join(folder for folder in _table_folders() if folder)
+    message = (
+        f"{root} has no {' or '.join(names)}, nor have {folders} in it. Put it beside the subset folders, or give "
+        f"--{role} FILE"
+    )
     raise UsageError(message)
 
 
-def _if_there(path: Path) -> Path | None:
-    return path if path.is_file() else None
+def _first_of(root: Path, names: Sequence[str]) -> Path | None:
+    """A table by the first of its names that is there, beside the subset folders or where LUNA16's archives put it."""
+    paths = (root / folder / name for name in names for folder in _table_folders())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _table_folders() -> list[str]:
+    return list(load_sheet("luna16")["tables"]["csv_folders"])
 
 
 def _known_patients(malignancy: pd.DataFrame | None) -> dict[str, str]:

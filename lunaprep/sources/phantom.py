@@ -61,6 +61,8 @@ class PhantomSummary:
     """Rows of candidates.csv of class 1."""
     bytes: int
     """Of all files together."""
+    replaced: int = 0
+    """Scans of an earlier phantom in the folder that are gone now, or made anew."""
 
 
 @dataclass
@@ -137,6 +139,7 @@ def write_phantom(  # noqa: PLR0913 - each is an option of the command, all have
     folder = Path(folder)
     check_numbers(num_scans, seed, size, num_subsets, num_candidates)
     check_folder(folder)
+    replaced = sum(1 for _ in folder.glob("subset?/*.mhd"))
     uids = [draw_series_uid(seed, number) for number in range(num_scans)]
     marker = {"made_by": "lunaprep phantom", "num_scans": num_scans, "seed": seed, "size": list(size), "hard": hard}
     marker |= {"num_subsets": num_subsets, "num_candidates": num_candidates}
@@ -154,7 +157,8 @@ def write_phantom(  # noqa: PLR0913 - each is an option of the command, all have
     num_bytes += write_file(folder / SERIES_FILE, "".join(f"{uid}\n" for uid in sorted([*uids, absent])).encode())
     num_bytes += sum(write_file(folder / name, tables.text(name).encode()) for name in CSV_HEADERS)
     rows = tables.count("candidates.csv")
-    return PhantomSummary(num_scans, tables.count("annotations.csv"), rows, tables.num_positives, num_bytes)
+    nodules = tables.count("annotations.csv")
+    return PhantomSummary(num_scans, nodules, rows, tables.num_positives, num_bytes, replaced)
 
 
 def check_numbers(num_scans: int, seed: int, size: tuple[int, int, int], num_subsets: int, num_candidates: int) -> None:

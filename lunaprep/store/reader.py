@@ -61,9 +61,7 @@ def open_store(path: str | Path) -> "Store":
     >>> store.crops(nodules[:8]).shape                          # doctest: +SKIP
     (8, 32, 48, 48)
     """
-    folder = Path(path).absolute()  # what is opened stays the same wherever the program goes
-    if folder.name in (schema.FRONT_DOOR_FILE, schema.SLAB_DOOR_FILE):
-        folder = folder.parent
+    folder = store_folder(Path(path).absolute())  # what is opened stays the same wherever the program goes
     while True:
         recover_if_idle(folder)
         version = version_of(folder)
@@ -75,6 +73,11 @@ def open_store(path: str | Path) -> "Store":
         else:
             if version == version_of(folder):
                 return store
+
+
+def store_folder(path: Path) -> Path:
+    """The folder of a store that may be named by its crops.h5 or slabs.h5."""
+    return path.parent if path.name in (schema.FRONT_DOOR_FILE, schema.SLAB_DOOR_FILE) else path
 
 
 def _open(folder: Path, version: Version | None) -> "Store":

@@ -5,7 +5,6 @@ process. This is verify's own short look at a header, apart from the builder's.
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -25,41 +24,50 @@ _ELEMENTS = {
 
 @dataclass(frozen=True)
 class Source:
-    """The header SimpleITK is given, relative to the data folder, and the file its voxels lie in."""
+    """What SimpleITK is given, one file or those of a series, and the files that the voxels lie in."""
 
-    header: str
-    voxels: Path
+    headers: tuple[Path, ...]
+    voxels: tuple[Path, ...]
 
 
 def find_source(data: Path, place: str) -> Source:
-    """Find a scan's voxel file; BadFileError says why the scan can't be handed to SimpleITK."""
-    header, _ = _landed(data, place)
+    """Find a scan's voxel file; BadFileError says why the scan can't be handed to SimpleITK.
+
+    As in a build, the scan's own folder is the limit, and may itself be a link to another disk.
+    """
+    require_inside(place)
+    folder = Path(os.path.realpath((data / place).parent))
+    header, _ = _landed(folder, data / place)
     if not place.endswith(".mhd"):
-        return Source(place, header)
+        return Source((header,), (header,))
     fields = _header(header)
     name = fields.get("ElementDataFile", "")
     if not name or name in ("LOCAL", "LIST") or set(name) & set('/\\%"') or len(name.split()) != 1:
         code, message = "source-unreadable", f"ElementDataFile is {name!r:.120}; a file beside the header expected"
         raise BadFileError(code, message)
-    voxels, size = _landed(data, str(PurePosixPath(place).with_name(name)))
+    voxels, size = _landed(folder, header.with_name(name))
     if fields.get("CompressedData", "False").lower() != "true":
         expected = _voxel_bytes(fields)
         if size != expected:
             code, message = "source-unreadable", f"{name} has {size} bytes, the header asks for {expected}"
             raise BadFileError(code, message)
-    return Source(place, voxels)
+    return Source((header,), (voxels,))
 
 
-def _landed(data: Path, place: str) -> tuple[Path, int]:
-    """Where a file of the data folder lies once links are followed, which must be inside it; and its size."""
+def require_inside(place: str) -> None:
+    """Refuse a recorded path that doesn't lead down from the data folder, as it is written."""
     if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\0" in place:
         code, message = "source-unreadable", f"not a path inside the data folder: {place!r:.120}"
         raise BadFileError(code, message)
-    root, path = Path(os.path.realpath(data)), Path(os.path.realpath(data / place))
-    if not path.is_relative_to(root):
-        code, message = "source-unreadable", f"{place} leads out of the data folder"
+
+
+def _landed(folder: Path, file: Path) -> tuple[Path, int]:
+    """Where a file lies once links are followed, which must be inside a folder without links; and its size."""
+    path = Path(os.path.realpath(file))
+    if not path.is_relative_to(folder):
+        code, message = "source-unreadable", f"{file.name} leads out of its folder"
         raise BadFileError(code, message)
-    return path, look(root, path.relative_to(root).as_posix()).st_size
+    return path, look(folder, path.relative_to(folder).as_posix()).st_size
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -96,14 +104,9 @@ def _voxel_bytes(fields: dict[str, str]) -> int:
 
 
 def hash_voxels(source: Source, meter: Meter) -> str:
-    """XXH3-128 of the voxel file, hexadecimal."""
-    return hash_many([source.voxels], meter)
-
-
-def hash_many(paths: Sequence[Path], meter: Meter) -> str:
-    """XXH3-128 of the bytes of several files, one after another, hexadecimal."""
+    """XXH3-128 of the bytes of the voxel files, one after another, hexadecimal."""
     digest = xxhash.xxh3_128()
-    for path in paths:
+    for path in source.voxels:
         with open(open_plain(path.parent, path.name), "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)

@@ -22,22 +22,32 @@ TELL_BYTES = 1 << 23
 
 
 class Meter:
-    """Bytes read so far, told to the caller's `progress`; may be used from several threads."""
+    """Bytes read so far, and masks looked at, told to the caller's `progress`; may be used from several threads."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
         self.total = total
         self.done = 0
+        self.bytes_read = 0
         self._progress = progress
         self._told = 0
         self._lock = threading.Lock()
 
     def add(self, number: int) -> None:
-        """Count `number` more bytes."""
+        """Count `number` more bytes that were read."""
         with self._lock:
-            self.done += number
-            if self._progress is not None and (self.done - self._told >= TELL_BYTES or self.done >= self.total):
-                self._told = self.done
-                self._progress(self.done, max(self.total, self.done))
+            self.bytes_read += number
+            self._go_on(number)
+
+    def add_unpacked(self, number: int) -> None:
+        """Count the `number` bytes that masks unpack to: work to wait for, of files that have been read already."""
+        with self._lock:
+            self._go_on(number)
+
+    def _go_on(self, number: int) -> None:
+        self.done += number
+        if self._progress is not None and (self.done - self._told >= TELL_BYTES or self.done >= self.total):
+            self._told = self.done
+            self._progress(self.done, max(self.total, self.done))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lunaprep import schema
 from lunaprep.verify.findings import Findings
+from lunaprep.verify.hashing import Meter
 from lunaprep.verify.places import open_plain
 from lunaprep.verify.record import Record, ShardRecord
 from lunaprep.verify.structure import datasets_of, stored_chunks, unpack
@@ -37,8 +38,22 @@ MOST_SCANS = 4
 """Scans looked at at once; a chunk of a mask of each is in memory, and the packed ones in which nodules lie."""
 
 
+def mask_bytes(scans: list[dict[str, Any]], num_slabs: int) -> int:
+    """What the masks of these scans' volumes, and of so many slabs, unpack to."""
+    in_volumes = sum(
+        (len(datasets_of(scan)) - 1) * math.prod(_sides(scan)) for scan in scans if scan["volume_file"] is not None
+    )
+    return in_volumes + num_slabs * math.prod(schema.SLAB_SHAPE)
+
+
 def check_masks(
-    store: Path, record: Record, scans: list[dict[str, Any]], slabs: Manifest | None, here: set[str], found: Findings
+    store: Path,
+    record: Record,
+    scans: list[dict[str, Any]],
+    slabs: Manifest | None,
+    here: set[str],
+    meter: Meter,
+    found: Findings,
 ) -> None:
     """Look at the masks of all volumes and slabs, a few scans at a time.
 
@@ -52,6 +67,8 @@ def check_masks(
         slabs.parquet, if there.
     here : set of str
         Files that are there and of their size; others are passed over.
+    meter : Meter
+        Counts what the masks unpack to, `mask_bytes` in all.
     found : Findings
         Where problems go, and what structure and checksums told: of a file that they found fault with, masks that can't
         be read are passed over.
@@ -74,6 +91,7 @@ def check_masks(
         if slabs is not None:
             places = _annotated(slabs, rows, centres)
             _check_slabs(scan, slabs, rows, places, partial(_read_slab, store, masks), nodules, own)
+        meter.add_unpacked(mask_bytes([scan], len(rows)))
         return own
 
     with ThreadPoolExecutor(min(MOST_SCANS, os.cpu_count() or 1)) as pool:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lunaprep import schema
+from lunaprep.errors import UsageError
 from lunaprep.verify.findings import Findings
-from lunaprep.verify.gate import Source, find_source, hash_many, hash_voxels
+from lunaprep.verify.gate import Source, find_source, hash_voxels, require_inside
 from lunaprep.verify.hashing import Meter
 from lunaprep.verify.places import BadFileError, open_plain
 from lunaprep.verify.record import Record, ShardRecord
@@ -38,8 +39,8 @@ def check_source(
     tables: Sequence[tuple[Manifest, Sequence[ShardRecord]]],
     meter: Meter,
     found: Findings,
-) -> None:
-    """Compare the store with its scans, one scan in memory at a time.
+) -> int:
+    """Compare the store with its scans, one scan in memory at a time; return how many were compared.
 
     Parameters
     ----------
@@ -56,10 +57,11 @@ def check_source(
     """
     uids = [scan["series_uid"] for scan in scans]
     by_table = [manifest.rows_by_scan(uids) for manifest, _ in tables]
+    compared = 0
     for k, scan in enumerate(scans):
         number = sum(len(rows[k]) for rows in by_table)
         try:
-            image, voxels = _read_any(data, scan, meter)
+            image, voxels = _read(_find(data, scan), scan, meter)
         except BadFileError as bad:
             _tell_unread(bad, scan, number, found)
             continue
@@ -68,11 +70,13 @@ def check_source(
             found.error("source-unreadable", scan["file"], message, series_uid=scan["series_uid"])
             continue
         if _check_grid(image, scan, found):
+            compared += 1
             clipped = _clipped(image, voxels, record) if record.resample_mm else None
             for (manifest, shards), rows in zip(tables, by_table, strict=True):
                 resampled = clipped if manifest.place == schema.MANIFEST_FILE else None
                 _check_crops(store, record, (manifest, shards), rows[k], (image, resampled), voxels, found)
             _check_volume(store, record, scan, voxels, found)
+    return compared
 
 
 def _tell_unread(bad: BadFileError, scan: dict[str, Any], num_crops: int, found: Findings) -> None:
@@ -85,51 +89,73 @@ def _tell_unread(bad: BadFileError, scan: dict[str, Any], num_crops: int, found:
         found.error(code, scan["file"], f"{bad}; its {num_crops} crops were not cut again", **whose)
 
 
-def _read_any(data: Path, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
+def require_scans(data: Path, scans: list[dict[str, Any]]) -> None:
+    """Refuse a data folder that holds not one of a store's scans, before anything is read.
+
+    Raises
+    ------
+    UsageError
+        Nothing could be compared.
+    """
+    if scans and not any(_is_there(data, scan) for scan in scans):
+        message = (
+            f"{data}: not one of the store's {len(scans)} scans is there, such as {scans[0]['file']!r:.160}; give "
+            "--data the folder that the store was built from"
+        )
+        raise UsageError(message)
+
+
+def _is_there(data: Path, scan: dict[str, Any]) -> bool:
+    try:
+        _find(data, scan)
+    except BadFileError as bad:
+        return bad.code != "missing-file"
+    except Exception:
+        return True  # and can't be read, which is told when it is its turn
+    return True
+
+
+def _find(data: Path, scan: dict[str, Any]) -> Source:
     if (data / scan["file"]).is_dir():
-        return _read_series(data, scan, meter)
-    return _read(data, find_source(data, scan["file"]), scan, meter)
+        return _find_series(data, scan)
+    return find_source(data, scan["file"])
 
 
-def _read_series(data: Path, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
-    """A DICOM series, told apart, sorted and read by GDCM; its files are hashed in that order."""
+def _find_series(data: Path, scan: dict[str, Any]) -> Source:
+    """A DICOM series, told apart and sorted by GDCM; its folder may not lie outside the data folder."""
     import SimpleITK
 
     itk: Any = SimpleITK
 
+    require_inside(scan["file"])
     root, folder = Path(os.path.realpath(data)), Path(os.path.realpath(data / scan["file"]))
     if not folder.is_relative_to(root):
         code, message = "source-unreadable", f"{scan['file']} leads out of the data folder"
         raise BadFileError(code, message)
     itk.ProcessObject.GlobalWarningDisplayOff()
-    reader = itk.ImageSeriesReader()
-    names = reader.GetGDCMSeriesFileNames(str(folder), scan["series_uid"], False, True)
-    if not names:
+    names = itk.ImageSeriesReader().GetGDCMSeriesFileNames(str(folder), scan["series_uid"], False, True)
+    paths = tuple(map(Path, names))
+    if not paths:
         code, message = "missing-file", f"no file of the series in {scan['file']}"
         raise BadFileError(code, message)
-    got = hash_many([Path(name) for name in names], meter)
-    if got != scan["data_xxh3"]:
-        code, said = "source-changed", scan["data_xxh3"]
-        message = f"its files were changed since: xxh3 {got:.12}…, expected {said:.12}…"
-        raise BadFileError(code, message)
-    reader.SetFileNames(names)
-    image: Any = reader.Execute()
-    return image, itk.GetArrayViewFromImage(image)
+    return Source(paths, paths)
 
 
-def _read(data: Path, source: Source, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
+def _read(source: Source, scan: dict[str, Any], meter: Meter) -> tuple[Any, Voxels]:
     got = hash_voxels(source, meter)
     if got != scan["data_xxh3"]:
-        code = "source-changed"
-        message = f"{source.voxels.name} was changed since: xxh3 {got:.12}…, expected {scan['data_xxh3']:.12}…"
+        code, what = "source-changed", f"{len(source.voxels)} files" if source.voxels[1:] else source.voxels[0].name
+        message = f"{what} changed since the build: xxh3 {got:.12}…, expected {scan['data_xxh3']:.12}…"
         raise BadFileError(code, message)
     import SimpleITK
 
-    image: Any = SimpleITK.ReadImage(str(data / source.header))
+    itk: Any = SimpleITK
+    names = [str(path) for path in source.headers]
+    image: Any = itk.ReadImage(names if names[1:] else names[0])
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         code, message = "source-unreadable", "isn't one scalar 3-D image"
         raise BadFileError(code, message)
-    return image, SimpleITK.GetArrayViewFromImage(image)
+    return image, itk.GetArrayViewFromImage(image)
 
 
 def _check_grid(image: Any, scan: dict[str, Any], found: Findings) -> bool:

@@ -16,7 +16,7 @@ from lunaprep.verify.checksums import (
 )
 from lunaprep.verify.findings import Findings, VerifyReport
 from lunaprep.verify.hashing import Meter
-from lunaprep.verify.masks import check_masks
+from lunaprep.verify.masks import check_masks, mask_bytes
 from lunaprep.verify.places import BadFileError, look
 from lunaprep.verify.record import Record, ShardRecord, load_record
 from lunaprep.verify.slabs import check_slabs
@@ -46,7 +46,8 @@ def verify_store(
     data : Path, optional
         The folder the scans lie in; needed at level source.
     progress : callable, optional
-        Called with the bytes done and their total, now and then, perhaps from other threads (one at a time).
+        Called with the bytes done and their total, now and then, perhaps from other threads (one at a time). To what is
+        read come the bytes that masks unpack to.
 
     Returns
     -------
@@ -56,7 +57,8 @@ def verify_store(
     Raises
     ------
     UsageError
-        The folder is no store, the level is unknown, or level source was given no data folder.
+        The folder is no store, the level is unknown, or level source was given no data folder, or one in which not one
+        of the scans is.
     BusyError
         Something was found, but a build replaced the store meanwhile.
     """
@@ -86,7 +88,8 @@ def _check_usage(store: Path, level: str, data: Path | None) -> None:
         message = f"level is {level!r}, expected one of {', '.join(get_args(Level))}"
         raise UsageError(message)
     if not store.is_dir():
-        message = f"{store}: no such folder; give the folder that `lunaprep build --out` wrote"
+        what = "is a file" if store.exists() else "no such folder"
+        message = f"{store}: {what}; give the folder that `lunaprep build --out` wrote"
         raise UsageError(message)
     path = store / schema.STORE_FILE
     if not path.is_symlink() and not path.exists():
@@ -108,6 +111,10 @@ def _verify(
 ) -> None:
     scans, good = _load_scans(store, record, found)
     manifest, slabs = _load_manifest(store, record, good, found), _load_slabs(store, record, good, found)
+    if data is not None and level == "source":
+        from lunaprep.verify.recut import require_scans
+
+        require_scans(data, good or [])
     volumes = [scan for scan in good or [] if scan["volume_file"] is not None]
     counts |= {"shards": len(record.shards_with_file), "crops": record.counts["crops"], "volumes": len(volumes)}
     counts |= {"slabs": record.counts.get("slabs", 0)}
@@ -122,17 +129,18 @@ def _verify(
     for scan in volumes:
         if scan["volume_file"] in here:
             check_volume(store, scan, found)
-    meter = Meter(_total(record, volumes, good or [], level), progress)
+    meter = Meter(_total(record, volumes, good, slabs, level), progress)
     _verify_bytes(store, record, scans, volumes, (manifest, slabs), meter, found)
     if good is not None:
-        check_masks(store, record, good, slabs, here, found)
+        check_masks(store, record, good, slabs, here, meter, found)
     if data is not None and level == "source" and manifest is not None and good is not None:
         from lunaprep.verify.recut import check_source
 
         tables = [(manifest, record.shards_with_file)]
         tables += [(slabs, list(record.slabs))] if slabs is not None and record.slabs else []
-        check_source(store, data, record, good, tables, meter, found)
-    counts["bytes_read"] = meter.done
+        counts["scans"] = len(good)
+        counts["scans_cut_again"] = check_source(store, data, record, good, tables, meter, found)
+    counts["bytes_read"] = meter.bytes_read
 
 
 def _load_scans(store: Path, record: Record, found: Findings) -> tuple[Rows | None, Rows | None]:
@@ -182,11 +190,12 @@ def _verify_bytes(
     check_volumes(store, volumes, meter, found)
 
 
-def _total(record: Record, volumes: Rows, scans: Rows, level: Level) -> int:
-    total = sum(file.bytes for file in record.files.values()) + sum(shard.bytes for shard in record.mapped)
+def _total(record: Record, volumes: Rows, good: Rows | None, slabs: Manifest | None, level: Level) -> int:
+    total = mask_bytes(good, slabs.num_rows if slabs is not None else 0) if good is not None else 0
+    total += sum(file.bytes for file in record.files.values()) + sum(shard.bytes for shard in record.mapped)
     for scan in volumes:
         total += int(scan["volume_bytes"])
-    for scan in scans if level == "source" else []:
+    for scan in good or [] if level == "source" else []:
         total += int(scan["data_bytes"])
     return total
 
