@@ -21,7 +21,8 @@ import torch
 from book import CLS_STATE, SEG_STATE, Book, add_arguments
 
 from lunaprep.sources.phantom import write_phantom
-from lunatrain.detect.pipeline import DetectOptions, load_detector, search
+from lunatrain.detect.loading import DetectOptions, load_detector
+from lunatrain.detect.pipeline import search
 from lunatrain.detect.reading import find_inputs
 
 SIZE = (250, 512, 512)

@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from lunaprep.sources.phantom import write_phantom
 from lunatrain.detect.classifying import BOOK_CROP, Classifier, load_classifier
 from lunatrain.detect.grouping import GroupingOptions
-from lunatrain.detect.pipeline import Detector, search
+from lunatrain.detect.loading import Detector
+from lunatrain.detect.pipeline import search
 from lunatrain.detect.reading import find_inputs
 from lunatrain.models import build_model, prepare_for
 from lunatrain.models.unet import UNet

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -118,7 +119,9 @@ def _parts(
     if workers > 1:
         pool = joblib.Parallel(workers, backend="loky", return_as="generator", batch_size=1, max_nbytes=None)
         with suppress(TerminatedWorkerError):  # no memory for so many, perhaps: the rest is done here
-            for part in pool(joblib.delayed(_work_below)(work, chunk, os.getpid()) for chunk in chunks):
+            with _starting_processes():
+                parts = pool(joblib.delayed(_work_below)(work, chunk, os.getpid()) for chunk in chunks)
+            for part in parts:
                 count += 1
                 yield part
     yield from map(work, chunks[count:])
@@ -162,7 +165,22 @@ def _parallel(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[str, R
     # max_nbytes: joblib would hand large arrays over as read-only memory maps in temporary files
     # batch_size: it would give several quick shards to one worker while another has none
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, max_nbytes=None)
-    yield from pool(joblib.delayed(_run_below)(task, os.getpid()) for task in tasks)
+    with _starting_processes():
+        results = pool(joblib.delayed(_run_below)(task, os.getpid()) for task in tasks)
+    yield from results
+
+
+@contextmanager
+def _starting_processes() -> Iterator[None]:
+    """Processes that are started in here never see Ctrl-C, which comes to all: amid their imports they would trace it.
+
+    It is this one's to answer, as soon as they have been started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_below(task: ShardTask, parent: int) -> tuple[str, Receipt]:
@@ -187,8 +205,8 @@ def _run_alone(task: ShardTask) -> Receipt:
     """Work on one shard in a process of its own; leave out each scan that kills it."""
     for _ in range(len(task.shard.jobs) + 1):
         try:
-            pool = joblib.Parallel(2, backend="loky", max_nbytes=None)
-            return pool([joblib.delayed(_run_below)(task, os.getpid())])[0][1]  # type: ignore[no-any-return]
+            (receipt,) = (receipt for _, receipt in _parallel([task], 2))
+            return receipt
         except TerminatedWorkerError:
             series_uid = task.now_path.read_text(encoding="utf-8").split()[1]
             task = excluding(task, {series_uid: KILLED})

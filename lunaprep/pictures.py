@@ -10,6 +10,7 @@ known, draws the array as it is and names no sides).
 
 import io
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -180,10 +181,13 @@ class _CropView:
         cell, top = width / self.ratio("axial"), _title_px(title) + 20
         step = -(-self.crop.shape[0] // 16)
         shown = range(self.center[0] % step, self.crop.shape[0], step)
-        figure = _figure(CROP_PX, top + height + 30 + -(-len(shown) // 8) * cell + 16, title)
+        strip = top + height + 44
+        figure = _figure(CROP_PX, all_px := strip + -(-len(shown) // 8) * cell + 16, title)
         self.draw_planes(figure, top, height)
+        y = 1 - (strip - 6) / all_px
+        figure.text(EDGE_PX / CROP_PX, y, "axial, slices from the centre", size=9.5, color=MUTED, va="bottom")
         for k, index in enumerate(shown):
-            place = (EDGE_PX + k % 8 * width, top + height + 30 + k // 8 * cell, width - 4, cell - 4)
+            place = (EDGE_PX + k % 8 * width, strip + k // 8 * cell, width - 4, cell - 4)
             axes, off = _axes(figure, f"slice {index}", place), index - self.center[0]
             self.draw(axes, "axial", index)
             _note(axes, f"{off:+d}".replace("-", "−") if off else "centre", TEXT if off else NODULE)
@@ -237,24 +241,26 @@ class _SeriesView:
             _draw_outline(axes, mask[index], "axial", self.spacing, colour)
         away = np.abs(np.subtract.outer(self.candidates["index"].to_numpy(), self.chosen))
         here = self.candidates[np.array(self.chosen)[away.argmin(axis=1)] == index]
+        here = here.iloc[np.argsort(np.abs(here["index"] - index), kind="stable")]
         others, places = here[~here["is_nodule"]], here[[*info.INDEX, "diameter_mm"]].to_numpy(dtype=np.float64)
         for is_on, alpha in ((True, 1.0), (False, 0.5)):
             part = others[(others["index"] == index) == is_on]
             x, y = part["col"] * self.spacing[2], part["row"] * self.spacing[1]
             axes.plot(x, y, ls="", marker="x", ms=4.5, mew=1.0, color=NEGATIVE, alpha=alpha)
-        for values in places[here["is_nodule"].to_numpy()]:
-            self._draw_nodule(axes, values[:3] * self.spacing, values[3], index * self.spacing[0])
+        is_again = here["annotation_id"].notna() & here.duplicated("annotation_id")  # one label a nodule
+        for k in np.flatnonzero(here["is_nodule"]):
+            self._draw_nodule(axes, places[k], index, has_label=not is_again.iloc[k])
         _note(axes, f"slice {index}")
 
-    def _draw_nodule(self, axes: Axes, mm: npt.NDArray[np.float64], diameter_mm: float, plane_mm: float) -> None:
-        """Draw a nodule's section and its diameter, or a square where it has none here."""
-        if not _draw_section(axes, mm[1], mm[2], diameter_mm, mm[0] - plane_mm):
+    def _draw_nodule(self, axes: Axes, values: npt.NDArray[np.float64], index: int, *, has_label: bool) -> None:
+        """Draw a nodule's section and its diameter, or a square where it has none here; `values` are place and mm."""
+        mm, diameter_mm = values[:3] * self.spacing, values[3]
+        if not _draw_section(axes, mm[1], mm[2], diameter_mm, mm[0] - index * self.spacing[0]):
             axes.plot([mm[2]], [mm[1]], marker="s", ms=9, mfc="none", color=NODULE)
-            return
-        bottom, top = axes.get_ylim()
-        place = (mm[2], mm[1] + np.sign(top - bottom) * diameter_mm / 2)
-        style: dict[str, Any] = {"color": NODULE, "size": 9, "weight": "bold", "ha": "center", "xytext": (0, 2)}
-        axes.annotate(f"{diameter_mm:.1f} mm", place, **style, **OUTLINE, **POINTS)
+        elif has_label:
+            place = (mm[2], mm[1] + np.sign(np.diff(axes.get_ylim())[0]) * diameter_mm / 2)
+            style: dict[str, Any] = {"color": NODULE, "size": 9, "weight": "bold", "ha": "center", "xytext": (0, 2)}
+            axes.annotate(f"{diameter_mm:.1f} mm", place, **style, **OUTLINE, **POINTS)
 
     def draw_long_plane(self, axes: Axes, plane: str, index: int) -> None:
         """Draw the coronal or sagittal plane at `index`, nodules' sections, and ticks at the slices shown."""
@@ -278,7 +284,7 @@ class _SeriesView:
         height = width * float(np.clip(rows_mm / cols_mm, 0.5, 2.0))
         below = top + -(-len(self.chosen) // 4) * height + 8
         scale = min((WIDE_PX - 2 * EDGE_PX - 6) / (rows_mm + cols_mm), 480 / slices_mm)
-        figure = _figure(WIDE_PX, below + slices_mm * scale + 44, title)
+        figure = _figure(WIDE_PX, below + slices_mm * scale + 62, title)
         for k, index in enumerate(self.chosen):
             place = (EDGE_PX + k % 4 * width, top + k // 4 * height, width - 6, height - 6)
             self.draw_slice(axes := _axes(figure, f"slice {index}", place), index)
@@ -295,13 +301,14 @@ class _SeriesView:
 
 
 def _draw_legend(figure: Figure, has_masks: bool) -> None:
-    """Key of the marks, in a line at the bottom."""
-    square, cross = "nodule off this slice or of unknown diameter", "other candidate (faint: off this slice)"
-    marks = (("o", NODULE, "nodule, diameter"), ("s", NODULE, square), ("x", NEGATIVE, cross))
+    """Key of the marks, at the bottom."""
+    on = "nodule: the annotation's diameter around the candidate's centre"
+    off, other = "nodule off this slice, or of unknown diameter", "other candidate (faint: off this slice)"
+    marks = (("o", NODULE, on), ("s", NODULE, off), ("x", NEGATIVE, other), ("_", TEXT, "at the sides: slices shown"))
     lines = [Line2D([], [], ls="", marker=m, color=c, mfc="none", ms=7, label=text) for m, c, text in marks]
     outlines = ((LUNG, "lung"), (NODULE, "nodule mask")) if has_masks else ()
     lines += [Line2D([], [], color=c, lw=1.5, label=text) for c, text in outlines]
-    figure.legend(handles=lines, loc="lower center", ncols=len(lines), frameon=False, fontsize=9, labelcolor=MUTED)
+    figure.legend(handles=lines, loc="lower center", ncols=3, frameon=False, fontsize=9, labelcolor=MUTED)
 
 
 @DEFAULT_STYLE
@@ -348,7 +355,7 @@ def draw_montage(
     crops : sequence of ndarray, (slices, rows, columns)
         HU.
     captions : sequence of str
-        Up to two lines for below each crop.
+        A few lines for below each crop.
     title, out
         See the module.
     is_nodule : sequence of bool, optional
@@ -357,9 +364,10 @@ def draw_montage(
         Voxel of each crop to look at, pointed at by ticks; without it the middle slice is shown.
     """
     cell, top = (WIDE_PX - 2 * EDGE_PX) / 6, _title_px(title)
-    figure = _figure(WIDE_PX, top + -(-len(crops) // 6) * (cell + 38) + 6, title)
+    high = cell + 10 + 14 * max((len(caption.splitlines()) for caption in captions), default=0)
+    figure = _figure(WIDE_PX, top + -(-len(crops) // 6) * high + 6, title)
     for k, (crop, caption) in enumerate(zip(crops, captions, strict=True)):
-        place = (EDGE_PX + 4 + k % 6 * cell, top + k // 6 * (cell + 38), cell - 8, cell - 8)
+        place = (EDGE_PX + 4 + k % 6 * cell, top + k // 6 * high, cell - 8, cell - 8)
         axes, middle = _axes(figure, f"crop {k}", place), np.array(crop.shape) // 2
         center = np.clip(center_irc[k] if center_irc else middle, 0, np.array(crop.shape) - 1)
         _draw_plane(axes, crop[center[0]], "axial", (1.0, 1.0, 1.0), None)
@@ -392,18 +400,18 @@ def candidate_picture(store: "Store", candidate_id: int, out: Path) -> None:
     draw_crop(crop, text, store.crop_spacing or spacing, out, diameter, center, flips)
 
 
-def _draw_rows(
-    store: "Store", rows: npt.NDArray[np.int64], title: str, out: Path, notes: Sequence[str] | None = None
-) -> None:
-    """Montage of manifest rows, with a note each in front of their captions."""
+def _draw_rows(store: "Store", rows: npt.NDArray[np.int64], title: str, out: Path, notes: Sequence[str] = ()) -> None:
+    """Montage of manifest rows, with a note each over their captions."""
     if not len(rows):
         msg = f"{title.splitlines()[0]}: nothing to draw; the store has neither crops nor, for a series, a volume"
         raise UsageError(msg)
     table = store.manifest.iloc[rows]
-    captions = [info.candidate_caption(record) for _, record in table.iterrows()]
-    if notes is not None:
-        captions = [f"{note} · {caption}" for note, caption in zip(notes, captions, strict=True)]
-    draw_montage(list(store.crops(rows)), captions, title, out, list(table["is_nodule"]), crop_centers(table).tolist())
+    heads = [f"{note}\n" for note in notes] or [""] * len(rows)
+    records = [record for _, record in table.iterrows()]
+    captions = [head + info.candidate_caption(record) for head, record in zip(heads, records, strict=True)]
+    crops = store.crops(rows)
+    title += f"\nAxial slice, {crops.shape[2]} × {crops.shape[3]} pixels, lung window; the ticks point at the candidate"
+    draw_montage(list(crops), captions, title, out, list(table["is_nodule"]), crop_centers(table).tolist())
 
 
 def series_picture(store: "Store", series_uid: str, out: Path) -> None:
@@ -415,12 +423,9 @@ def series_picture(store: "Store", series_uid: str, out: Path) -> None:
     candidates, text = store.manifest.iloc[rows], info.series_text(scan, store.manifest.iloc[rows])
     if not pd.isna(scan["volume_file"]):
         spacing, flips = info.grid_of(scan)
-        with store.open_volume(uid) as volume:
-            if not store.has_masks(uid):
-                draw_series(volume, spacing, candidates, text, out, flips)
-                return
-            with store.open_masks(uid) as masks:
-                draw_series(volume, spacing, candidates, text, out, flips, masks)
+        with store.open_volume(uid) as volume, ExitStack() as stack:
+            masks = stack.enter_context(store.open_masks(uid)) if store.has_masks(uid) else None
+            draw_series(volume, spacing, candidates, text, out, flips, masks)
         return
     order = np.argsort(~candidates["is_nodule"].to_numpy(), kind="stable")[:48]
     shown = f"No volume of this scan in the store (built with --no-volumes): its crops, {len(order)} of {len(rows)}"
@@ -440,5 +445,6 @@ def worst_picture(store: "Store", run: Path, out: Path, num: int = 24) -> None:
     path = worst.newest_predictions(run)
     predicted = worst.predicted_rows(store.manifest, path)
     rows, probability = worst.worst_rows(predicted, num)
-    title = f"{run}: nodules of lowest, then others of highest probability\n{path.name} of {len(predicted):,} crops"
+    title = f"What {run} was most wrong about\nOrange: nodules missed most; blue: others taken for nodules; "
+    title += f"p: probability ({len(predicted):,} crops judged)"
     _draw_rows(store, rows, title, out, [f"p {value:.3f}" for value in probability])

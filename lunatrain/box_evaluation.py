@@ -14,6 +14,7 @@ from lunatrain.box_slices import BoxSlices, predict_boxes
 from lunatrain.box_table import IMAGE, SIDES
 from lunatrain.boxes import Floats, iou, iou_figures, mean_of
 from lunatrain.errors import UsageError
+from lunatrain.evaluate import learnt_notes, note_lines
 from lunatrain.localisation import Localiser, load_localiser, read_slices
 from lunatrain.sampling import Rows, select_rows
 from lunatrain.training import pick_device, slices_of, store_of
@@ -29,7 +30,6 @@ class BoxEvalOptions:
 
     runs: tuple[Path, ...]
     store: Path | None = None
-    slices: Path | None = None
     split: str | None = None
     part: str = "val"
     device: str = "auto"
@@ -83,7 +83,7 @@ class BoxEvaluation:
             lines.append(f"{name:{width}}  {values['iou']:8.3f}  {values['iou_p5']:14.3f}  {share:>12}")
         facts = self.to_json()
         lines.append(f"\n{facts['num_slices']:,} slices of {facts['num_series']:,} series")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "", str(self.out / PICTURE_FILE)])
+        return "\n".join([*lines, *note_lines(self.notes), "", str(self.out / PICTURE_FILE)])
 
 
 def evaluate_boxes(options: BoxEvalOptions) -> BoxEvaluation:
@@ -100,11 +100,11 @@ def evaluate_boxes(options: BoxEvalOptions) -> BoxEvaluation:
     localisers = [load_localiser(run, device) for run in options.runs]
     split = options.split or _common_split(localisers)
     source = options.store or store_of(options.runs[0])
-    folder = options.slices or slices_of(options.runs[0])
+    folder = slices_of(options.runs[0])
     made: dict[int, BoxSlices] = {}
     for item in localisers:
         if item.side not in made:
-            made[item.side] = read_slices(source, folder, item.side, localisers[0].config.slice_mm)
+            made[item.side] = read_slices(source, folder, item.side, localisers[0].config.slice_mm, show=True)
     slices = made[localisers[0].side]
     train_rows, rows = (select_rows(slices.table, split, part) for part in ("train", options.part))
     boxes = slices.boxes
@@ -114,13 +114,15 @@ def evaluate_boxes(options: BoxEvalOptions) -> BoxEvaluation:
     if len(found) > 1:
         figures[TOGETHER] = iou_figures(mean_of(found), true)
     figures[BASELINE] = iou_figures(np.tile(boxes[train_rows].mean(axis=0), (len(true), 1)), true)
-    notes = tuple(
+    trained = dict.fromkeys(item.config.split for item in localisers)
+    learnt = [note for name in trained for note in learnt_notes(name, split, options.part)]
+    other = [
         f"{run.name} was trained on other data ({item.data_id})"
         for run, item in zip(options.runs, localisers, strict=True)
         if item.data_id != slices.data_id
-    )
+    ]
     out = options.out or options.runs[0] / f"eval-{split.replace(':', '')}-{options.part}"
-    done = BoxEvaluation(figures, mean_of(found), true, slices, rows, notes, out)
+    done = BoxEvaluation(figures, mean_of(found), true, slices, rows, (*learnt, *other), out)
     _write(done)
     return done
 

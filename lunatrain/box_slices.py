@@ -212,10 +212,11 @@ def _read_scan(
 
 
 def _with_split(table: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """Each slice with its scan's part and fold; a scan that has no candidate is trained on."""
+    """Each slice with its scan's part and fold; without a candidate a scan has its patient's part, else 'train'."""
     known = store.columns("series_uid", "split_series", "fold").drop_duplicates("series_uid").astype(object)
     known = known.set_index("series_uid")
-    subsets = store.scans.set_index("series_uid")["subset"]
-    uids = table["series_uid"]
-    part = uids.map(known["split_series"]).fillna("train")
-    return table.assign(split_series=part, fold=uids.map(known["fold"]).fillna(uids.map(subsets)))
+    scans = store.scans.set_index("series_uid")
+    uids, patients = table["series_uid"], scans["patient_id"]
+    of_patient = known["split_series"].groupby(patients.reindex(known.index)).first()
+    part = uids.map(known["split_series"]).fillna(uids.map(patients).map(of_patient)).fillna("train")
+    return table.assign(split_series=part, fold=uids.map(known["fold"]).fillna(uids.map(scans["subset"])))

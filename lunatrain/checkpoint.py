@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ VERSION = 1
 LAST, BEST = "last.pt", "best.pt"
 _NO_COMMENT = b"\x00\x00"
 _HASH_BYTES = 64
+_AVERAGED = "module."
+"""What torch puts before the names of averaged weights."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class Loaded:
 
     path: Path
     state: dict[str, Any]
+    fault: str | None = None
+    """Why it is not the newest one of its run."""
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Those that were validated: averaged ones where there are any, else those of the last step."""
+        averaged = self.state.get("averaged")
+        if averaged is None:
+            return dict(self.state["model"])
+        return {name.removeprefix(_AVERAGED): value for name, value in averaged.items() if name.startswith(_AVERAGED)}
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -92,18 +104,18 @@ def load_checkpoint(path: Path) -> Loaded:
 
 
 def load_newest(run: Path) -> Loaded | None:
-    """The last good checkpoint of a run; None where there is none.
+    """The last good checkpoint of a run, with what is wrong with a later one; None where there is none.
 
     Raises
     ------
     CheckpointError
         There are some, and all are damaged.
     """
-    faults = []
+    faults: list[CheckpointError] = []
     for name in (LAST, BEST):
         if (run / name).exists():
             try:
-                return load_checkpoint(run / name)
+                return replace(load_checkpoint(run / name), fault=str(faults[0]) if faults else None)
             except CheckpointError as error:
                 faults.append(error)
     if faults:

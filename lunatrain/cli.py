@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
+from lunaprep.cli_options import UserPath, json_option, table_path
 from lunaprep.errors import LunaprepError
 from lunatrain import __version__
 from lunatrain.cli_detect import detect
-from lunatrain.cli_train import cls, device_option, json_option, loc, mal, print_json, seg, store_path, table_path
+from lunatrain.cli_train import cls, device_option, loc, mal, print_json, seg, store_path
 from lunatrain.errors import LunatrainError, UsageError
 
 EXIT_NO_SPACE = 5
@@ -29,8 +30,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (LunatrainError, LunaprepError) as error:
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted; a training run has left a checkpoint, go on with --resume", EXIT_INTERRUPTED)
+        except KeyboardInterrupt as stop:  # one that has left a checkpoint says so
+            _fail(str(stop) or "interrupted", EXIT_INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _fail("the reader of the output went away", 1)
@@ -67,7 +68,7 @@ for _command in (cls, seg, mal, loc, detect):
 
 
 @cli.command(name="eval")
-@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=UserPath(file_okay=False, exists=True))
 @click.option("--store", type=store_path, help="The store's folder or its crops.h5.  [default: the run's]")
 @click.option(
     "--checkpoint", type=table_path, help="A checkpoint, or a .state file of the book.  [default: the run's best]"
@@ -78,15 +79,17 @@ for _command in (cls, seg, mal, loc, detect):
 @click.option(
     "--annotations", type=table_path, help="annotations.csv, for the challenge's score.  [default: from the crops]"
 )
-@click.option("--excluded", type=table_path, help="annotations_excluded.csv; marks on these don't count.")
+@click.option(
+    "--excluded", type=table_path, help="annotations_excluded.csv; marks on these don't count. Goes with --annotations."
+)
 @click.option(
     "--bootstrap", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Draws for intervals."
 )
 @device_option
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: a folder in the run's]")
+@click.option("--out", type=UserPath(file_okay=False), help="[default: a folder in the run's]")
 @json_option
 def evaluate(runs: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Evaluate RUN (default: the newest) on a part of its split, as the LUNA16 challenge does.
+    """Evaluate RUN (default: the newest of 'cls' and 'mal') on a part of its split, as the LUNA16 challenge does.
 
     Writes report.html with pictures, predictions.csv in the challenge's format, and metrics.json. Of a run of 'cls
     --target subtype': a confusion matrix, figures of each class and the means of these, and predictions.csv with a
@@ -173,7 +176,7 @@ def bench(store: Path, rounds: int, cold: bool, as_json: bool) -> None:
 @click.option("--bootstrap", type=click.IntRange(0), default=1000, show_default=True, metavar="N",
               help="Draws of scans for the 95 % interval; 0 for none.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+@click.option("--out", type=UserPath(file_okay=False),
               help="Folder for froc.png, froc.csv, missed.csv and marks.csv (the verdict on each mark).")  # fmt: skip
 @json_option
 def froc(submission: Path, no_excluded: bool, out: Path | None, as_json: bool, **options: Any) -> None:

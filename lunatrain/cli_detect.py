@@ -5,15 +5,16 @@ from typing import Any
 
 import click
 
-from lunatrain.cli_train import device_option, json_option, print_json, table_path
+from lunaprep.cli_options import UserPath, json_option, table_path
+from lunatrain.cli_train import device_option, print_json
 
-EXIT_PARTLY = 3
+EXIT_PARTLY, EXIT_INTERRUPTED = 3, 130
 
-_run = click.Path(path_type=Path, exists=True)
+_run = UserPath(exists=True)
 
 
 @click.command()
-@click.argument("scans", nargs=-1, required=True, metavar="SCAN...", type=click.Path(path_type=Path))
+@click.argument("scans", nargs=-1, required=True, metavar="SCAN...", type=UserPath())
 @click.option("--seg", type=_run, help="Run (or checkpoint) of the segmentation.  [default: the newest run of seg]")
 @click.option("--cls", type=_run, help="Run (or checkpoint) of the classifier.  [default: the newest run of cls]")
 @click.option(
@@ -27,7 +28,7 @@ _run = click.Path(path_type=Path, exists=True)
 @click.option(
     "--loc-margin", type=click.FloatRange(0), default=25.0, show_default=True, metavar="MM", help="Added to that box."
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: detect-TIME]")
+@click.option("--out", type=UserPath(file_okay=False), help="[default: detect-TIME]")
 @click.option(
     "--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="P",
     help="Nodule probability from which on a candidate is a finding.",
@@ -45,7 +46,7 @@ _run = click.Path(path_type=Path, exists=True)
 )
 @click.option("--excluded", type=table_path, help="annotations_excluded.csv; candidates on these count neither way.")
 @click.option(
-    "--harvest", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--harvest", type=UserPath(dir_okay=False), metavar="FILE",
     help="Write the false positives as a candidates.csv for 'lunaprep build --candidates'.",
 )  # fmt: skip
 @click.option("--candidates", type=table_path, help="A candidates.csv whose rows go in front in --harvest's file.")
@@ -57,7 +58,8 @@ def detect(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 
     SCAN is a .mhd, .mha or .nii.gz file, a folder of these, or a folder of DICOM series. Writes findings.csv
     (LUNA16's submission columns first), findings.json and report.html with pictures. A scan that cannot be searched is
-    named, and the others go on (exit code 3; 1 where all failed).
+    named, and the others go on (exit code 3; 1 where all failed). An interrupt leaves the report of the scans searched
+    until then (exit code 130).
 
     \b
     Example:
@@ -66,14 +68,24 @@ def detect(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         lunatrain detect scan.mhd --loc runs/A-loc --loc runs/B-loc
         lunatrain detect data/subset9 --annotations data/annotations.csv --harvest hard.csv
     """
-    from lunatrain.detect.pipeline import DetectOptions, run_detection
+    from lunatrain.detect.loading import DetectOptions
+    from lunatrain.detect.pipeline import run_detection
 
-    done = run_detection(DetectOptions(scans, **options), show_progress=True)
+    try:
+        done = run_detection(DetectOptions(scans, **options), show_progress=True)
+    except KeyboardInterrupt:
+        click.echo("lunatrain: interrupted before a report was written", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     for line in done.failed:
         click.echo(f"lunatrain: {line}", err=True)
     if as_json:
         print_json(done.record)
     else:
         click.echo(done.text())
+    if done.num_left:
+        number = len(done.results)
+        text = f"interrupted: {done.num_left:,} of {number + done.num_left:,} scans were not searched"
+        click.echo(f"lunatrain: {text}; the report is of the others", err=True)
+        raise SystemExit(EXIT_INTERRUPTED)
     if done.failed:
         raise SystemExit(1 if len(done.failed) == len(done.results) else EXIT_PARTLY)

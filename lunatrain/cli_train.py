@@ -1,11 +1,14 @@
 """The training commands: each reads its options, puts a run together, trains, prints. Also what all commands share."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+
+from lunaprep.cli_options import UserPath, json_option, table_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,20 +17,16 @@ if TYPE_CHECKING:
     from lunatrain.distributed import Processes
     from lunatrain.loop import Trainer
 
-table_path = click.Path(path_type=Path, dir_okay=False, exists=True)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
-store_path = click.Path(path_type=Path)
+store_path = UserPath()
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 _CLASSIFIERS = "residual or luna (the book's).  [default: residual]"
-SMALL = 0.01
-"""Smaller figures are shown with two digits."""
+_init_path = UserPath(exists=True)
 _AMP = click.Choice(["auto", "bf16", "fp16", "off"])
 
 
@@ -59,11 +58,12 @@ def _run_options(
         click.option(
             "--store", type=store_path, help="The store's folder or its crops.h5.  [default: crops.h5, or the run's]"
         ),
-        click.option("--out", "run", type=click.Path(path_type=Path, file_okay=False),
+        click.option("--out", "run", type=UserPath(file_okay=False),
                      help="Folder of the run.  [default: runs/TIME-TASK]"),
         click.option("--split", help="series, candidate, fold:K, or all: nothing is held out.  [default: series]"),
         click.option("--epochs", type=int, help=f"[default: {epochs}]"),
-        click.option("--samples", type=int, help=f"Samples of an epoch.  [default: every training {unit} once]"),
+        click.option("--samples", type=int,
+                     help=f"Samples of an epoch.  [default: as many as there are training {unit}s]"),
         click.option("--batch-size", type=int, help=f"Of all processes together.  [default: {batch_size}]"),
         click.option("--augment", metavar="LIST",
                      help=f"{transforms}; '' for none.  [default: {augment}]"),
@@ -108,7 +108,9 @@ def _run_options(
     "  [default: all]",
 )
 @click.option(
-    "--init", type=table_path, help="Start from the weights of a checkpoint, or of a .state file of the book."
+    "--init",
+    type=_init_path,
+    help="Start from the weights of a run, of a checkpoint, or of a .state file of the book.",
 )
 @click.option("--finetune", type=int, metavar="N", help="Train the last N stages of the model alone.  [default: all]")
 def cls(**options: Any) -> None:
@@ -122,7 +124,7 @@ def cls(**options: Any) -> None:
     Example:
         lunatrain cls --store store/crops.h5
         lunatrain cls --store store/crops.h5 --preset book-ch12 --samples 20000 --epochs 5
-        lunatrain cls --store store/crops.h5 --target subtype --init runs/2026-11-22_10.00.00-cls/best.pt
+        lunatrain cls --store store/crops.h5 --target subtype --init runs/2026-11-22_10.00.00-cls
         lunatrain cls --store store/crops.h5 --resume
     """
     _train("cls", _config, **options)
@@ -131,7 +133,7 @@ def cls(**options: Any) -> None:
 @click.command()
 @click.option(
     "--images",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=UserPath(file_okay=False),
     help="Learn this folder's images instead: train/ and test/, each inputs/NAME.png and outputs/NAME.png.",
 )
 @_run_options("slab", 16, "unet (the book's).  [default: unet]", "all, with offset=0.03")
@@ -145,7 +147,9 @@ def cls(**options: Any) -> None:
 @click.option("--prior", type=float, help="Probability a fresh network begins with.  [default: 0.02]")
 @click.option("--val-slices", type=int, help="Most whole slices to validate on; 0 for no limit.  [default: 600]")
 @click.option(
-    "--init", type=table_path, help="Start from the weights of a checkpoint, or of a .state file of the book."
+    "--init",
+    type=_init_path,
+    help="Start from the weights of a run of 'seg', of a checkpoint, or of a .state file of the book.",
 )
 def seg(images: Path | None, store: Path | None, **options: Any) -> None:
     """Train a U-Net to find the voxels of nodules, or the classes of an image's pixels.
@@ -170,9 +174,7 @@ def seg(images: Path | None, store: Path | None, **options: Any) -> None:
 @click.command()
 @_run_options("crop", 32, _CLASSIFIERS, "flip,rotate")
 @click.option(
-    "--init",
-    type=click.Path(path_type=Path, exists=True),
-    help="A run of 'cls', or a checkpoint, to go on from.  [default: the newest run of cls]",
+    "--init", type=_init_path, help="A run of 'cls', or a checkpoint, to go on from.  [default: the newest run of cls]"
 )
 @click.option("--finetune", type=int, metavar="N", help="Last stages that learn; 1 is the linear layer.  [default: 2]")
 def mal(init: Path | None, resume: bool, **options: Any) -> None:
@@ -203,12 +205,12 @@ def mal(init: Path | None, resume: bool, **options: Any) -> None:
 @click.option("--boxes", type=table_path, help="Learn this CSV's boxes instead: Image,Xmin,Ymin,Xmax,Ymax, fractions.")
 @click.option(
     "--slices",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=UserPath(file_okay=False, exists=True),
     help="Folder of the DICOM files that --boxes names.  [default: the CSV's]",
 )
 @click.option("--side", type=int, help="Rows and columns that slices are brought to.  [default: 96]")
 @click.option("--slice-mm", type=float, help="Distance of the slices that are learnt.  [default: 5]")
-@click.option("--init", type=table_path, help="Start from the weights of a checkpoint.")
+@click.option("--init", type=_init_path, help="Start from the weights of a run of 'loc', or of a checkpoint.")
 def loc(boxes: Path | None, store: Path | None, **options: Any) -> None:
     """Train a network that gives the box around the lungs in a slice.
 
@@ -255,9 +257,26 @@ def _train(task: str, make_config: "Callable[[dict[str, Any]], TrainConfig]", **
     from lunatrain.distributed import join_processes
 
     given = _Given(task, **{name: options.pop(name) for name in _Given.__dataclass_fields__ if name in options})
+    if given.resume:
+        _refuse_settings({"init": given.init, **options})
     with join_processes(given.device) as processes:
         trainer = _go_on(given, processes) if given.resume else _begin(given, make_config(options), processes)
         _run_to_the_end(trainer, given.as_json)
+
+
+def _refuse_settings(settings: dict[str, Any]) -> None:
+    """Refuse what a resumed run would not heed."""
+    from lunatrain.errors import UsageError
+
+    names = ", ".join(_option(name, value) for name, value in settings.items() if value is not None)
+    if names:
+        message = f"{names}: a resumed run keeps its settings. Leave it out, or start a new run with --init"
+        raise UsageError(message)
+
+
+def _option(name: str, value: Any) -> str:
+    """What a setting was typed as."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def _go_on(given: _Given, processes: "Processes") -> "Trainer":
@@ -266,21 +285,24 @@ def _go_on(given: _Given, processes: "Processes") -> "Trainer":
 
     run = given.run or newest_run(given.task)
     store, slices = given.store or store_of(run), given.slices or slices_of(run)
-    options = TrainOptions(store, run, given.device, None, given.io, processes, slices)
+    options = TrainOptions(store, run, given.device, None, given.io, processes, slices, show_progress=True)
     trainer, loaded = given.home.resume_training(options)
     if processes.is_first:
         at = f"epoch {trainer.progress.epoch + 1}, step {trainer.progress.step}"
+        if loaded.fault is not None:
+            click.echo(f"lunatrain: {loaded.fault}; going on from {loaded.path.name}", err=True)
         click.echo(f"{loaded.path}: going on at {at}", err=True)
     return cast("Trainer", trainer)
 
 
 def _begin(given: _Given, config: "TrainConfig", processes: "Processes") -> "Trainer":
     """A new run, noted in its folder."""
-    from lunatrain.training import TrainOptions, new_run, note_store
+    from lunatrain.training import TrainOptions, best_of, new_run, note_store, require_free
 
     run = given.run or Path(processes.agree(str(new_run(given.task))))
-    store = given.store or Path("crops.h5")
-    options = TrainOptions(store, run, given.device, given.init, given.io, processes, given.slices)
+    require_free(run)
+    store, init = given.store or Path("crops.h5"), best_of(given.init) if given.init else None
+    options = TrainOptions(store, run, given.device, init, given.io, processes, given.slices, show_progress=True)
     trainer = given.home.open_training(options, config)
     if processes.is_first:
         note_store(options)
@@ -293,7 +315,7 @@ def _begin(given: _Given, config: "TrainConfig", processes: "Processes") -> "Tra
 
 def _run_to_the_end(trainer: "Trainer", as_json: bool) -> None:
     """Train, and print the best epoch."""
-    from lunatrain.log import RunLog, read_metrics
+    from lunatrain.log import RunLog, figure_text
     from lunatrain.loop import train
 
     run = trainer.run.path
@@ -303,12 +325,14 @@ def _run_to_the_end(trainer: "Trainer", as_json: bool) -> None:
     with RunLog(run) as log:
         log.forget_after(trainer.progress.samples)
         done = train(trainer, log, show_progress=True)
-    best = next(line for line in read_metrics(run) if line["part"] == "val" and line["epoch"] == done.best_epoch)
+    best = done.best_figures
     if as_json:
-        print_json({"run": str(run), "epochs": done.epoch, "samples": done.samples, **best})
+        plain = {name: None if math.isnan(value) else value for name, value in best.items()}
+        about = {"run": str(run), "epochs": done.epoch, "samples": done.samples, "epoch": done.best_epoch}
+        print_json({**about, "part": "val", **plain})
     else:
         shown = [name for name in trainer.run.task.shown if name in best]
-        figures = ", ".join(f"{name} {_figure(best[name])}" for name in shown)
+        figures = ", ".join(f"{name} {figure_text(best[name])}" for name in shown)
         click.echo(f"{run}: best epoch {done.best_epoch + 1} of {done.epoch}: {figures}")
 
 
@@ -327,9 +351,15 @@ def _seg_config(settings: dict[str, Any]) -> "TrainConfig":
 
 
 def _image_config(settings: dict[str, Any]) -> "TrainConfig":
+    from lunatrain.errors import UsageError
     from lunatrain.segmentation_config import IMAGES
 
-    settings.pop("preset")
+    preset = settings.pop("preset")
+    of_slabs = {name: settings[name] for name in ("balanced", "ratio", "split", "val_slices")}
+    names = [_option(name, value) for name, value in {"preset": preset, **of_slabs}.items() if value is not None]
+    if names:
+        message = f"{', '.join(names)}: of a store's slabs alone, --images has a test/ folder. Leave it out"
+        raise UsageError(message)
     return _changed(IMAGES, settings)
 
 
@@ -338,12 +368,16 @@ def _changed(base: "TrainConfig", settings: dict[str, Any]) -> "TrainConfig":
     from dataclasses import replace
 
     from lunatrain.config import TARGETS
+    from lunatrain.errors import UsageError
 
     given = {name: value for name, value in settings.items() if value is not None}
     if "target" in given:
         given["target"] = TARGETS[given["target"]]
     balanced = given.pop("balanced", None)
     if balanced is not None:
+        if "ratio" in given and bool(given["ratio"]) != balanced:
+            message = f"{_option('balanced', balanced)} and --ratio {given['ratio']}: choose one of them"
+            raise UsageError(message)
         given.setdefault("ratio", max(1, base.ratio) if balanced else 0)
     return replace(base, **given)
 
@@ -358,9 +392,3 @@ def _mal_config(settings: dict[str, Any]) -> "TrainConfig":
     from lunatrain.config import MALIGNANCY
 
     return _changed(MALIGNANCY, settings)
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if value >= SMALL or not value else f"{value:.2g}"

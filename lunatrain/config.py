@@ -126,6 +126,8 @@ class TrainConfig:
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 to below 1")
         _require(0 <= self.ema < 1, "ema", self.ema, "0 to below 1")
         _require(self.amp in ("auto", "bf16", "fp16", "off"), "amp", self.amp, "auto, bf16, fp16 or off")
+        _require(self.patience >= 0, "patience", self.patience, "0 or more")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(self.save_steps >= 1, "save_steps", self.save_steps, "1 or more")
 
     def to_json(self) -> dict[str, Any]:

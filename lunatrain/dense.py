@@ -12,9 +12,10 @@ from torch import nn
 from lunatrain.errors import UsageError
 
 HU_WINDOW = (-1000.0, 1000.0)
-"""HU that volumes are clipped to, as the store's and the book's."""
+"""HU that volumes are clipped to, as the book's, and a store's by default."""
 BATCH = 4
 
+Window = tuple[float, float]
 Box = tuple[Sequence[int], Sequence[int]]
 """First and past-the-last slice, row and column."""
 
@@ -30,7 +31,9 @@ def context_slices(indices: npt.ArrayLike, num_slices: int, context: int) -> npt
     return wanted.clip(0, num_slices - 1)
 
 
-def read_slabs(hu: Any, indices: npt.ArrayLike, context: int, rows: slice, cols: slice) -> torch.Tensor:
+def read_slabs(
+    hu: Any, indices: npt.ArrayLike, context: int, rows: slice, cols: slice, window: Window = HU_WINDOW
+) -> torch.Tensor:
     """Slices with their neighbours, (k, context, rows, columns) float32, HU, clipped; channels last.
 
     Parameters
@@ -39,11 +42,13 @@ def read_slabs(hu: Any, indices: npt.ArrayLike, context: int, rows: slice, cols:
         HU. Each slice is read once.
     indices : array_like of int, (k,)
         Middle slices.
+    window : tuple of 2 float
+        HU they are clipped to.
     """
     wanted = context_slices(indices, hu.shape[0], context)
     needed, position = np.unique(wanted, return_inverse=True)
     planes = np.stack([hu[index, rows, cols] for index in needed.tolist()])
-    block = torch.from_numpy(planes).float().clamp_(*HU_WINDOW)
+    block = torch.from_numpy(planes).float().clamp_(*window)
     return block[torch.from_numpy(position.reshape(wanted.shape))].contiguous(memory_format=torch.channels_last)
 
 
@@ -65,7 +70,7 @@ def predict_volume(
     model : Module
         One class, slices of context as channels: `lunatrain.segmentation.load_segmenter`. Put into evaluation mode.
     hu_volume : ndarray or h5py dataset, (I, R, C), any number type
-        HU; clipped here to `HU_WINDOW`. Only the slices of a batch are held as float32.
+        HU; clipped here to the window of the model. Only the slices of a batch are held as float32.
     device : str or device
         Where the model is.
     slices : array_like of int, optional
@@ -93,11 +98,11 @@ def predict_volume(
     wanted = _wanted_slices(slices, box, shape[0])
     inner, outer = _windows(model, box, shape)
     model.eval()
-    context = channels_of(model)
+    context, window, (rows, cols) = channels_of(model), window_of(model), outer
     probability = np.zeros(shape, dtype=np.float32)
     (row, col), (num_rows, num_cols) = (inner[k].start - outer[k].start for k in (0, 1)), (_length(s) for s in inner)
     for chosen in _in_batches(wanted, batch):
-        slabs = read_slabs(hu_volume, chosen, context, *outer).to(device)
+        slabs = read_slabs(hu_volume, chosen, context, rows, cols, window).to(device)
         with amp():
             logits = model(slabs)
         found = torch.sigmoid(logits[:, 0, row : row + num_rows, col : col + num_cols].float()).cpu().numpy()
@@ -108,6 +113,12 @@ def predict_volume(
 def channels_of(model: nn.Module) -> int:
     """Slices of context a network takes."""
     return int(model.in_channels)  # type: ignore[arg-type]
+
+
+def window_of(model: nn.Module) -> Window:
+    """HU that a network has learnt to be clipped to: its `hu_window`, if it says."""
+    low, high = getattr(model, "hu_window", HU_WINDOW)
+    return float(low), float(high)
 
 
 def _wanted_slices(slices: npt.ArrayLike | None, box: Box | None, num_slices: int) -> npt.NDArray[np.int64]:

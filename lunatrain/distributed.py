@@ -66,6 +66,10 @@ class Processes:
         whole[self.rank :: self.world_size] = values
         return _summed(whole)
 
+    def of_first(self, value: float) -> float:
+        """The first process's number, in all processes: what they decide by must not differ in its last bit."""
+        return self.sum({"value": value if self.is_first else 0.0})["value"]
+
     def agree(self, text: str) -> str:
         """The first process's text, in all processes."""
         if self.is_alone:
@@ -135,11 +139,12 @@ def join_processes(device: str) -> Iterator[Processes]:
     UsageError
         One --device for all processes, or fewer GPUs than processes.
     """
-    world_size = int(os.environ.get(WORLD_SIZE, "1"))
-    if world_size == 1:
+    said = [os.environ.get(name) for name in (RANK, WORLD_SIZE, LOCAL_RANK)]
+    rank, world_size, local_rank = (int(number or 0) for number in said)
+    if None in said or world_size == 1:  # SLURM exports some of them for jobs of its own
         yield Processes()
         return
-    processes = Processes(int(os.environ[RANK]), world_size, int(os.environ[LOCAL_RANK]))
+    processes = Processes(rank, world_size, local_rank)
     if device not in ("auto", "cpu", "cuda"):
         message = f"--device {device}: each of {world_size} processes takes a GPU of its own. Use auto, cuda or cpu"
         raise UsageError(message)

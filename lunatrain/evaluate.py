@@ -5,7 +5,8 @@ positive where its probability is at or above the threshold.
 """
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -33,6 +34,7 @@ from lunatrain.metrics import (
     roc_curve,
     threshold_table,
 )
+from lunatrain.sampling import WHOLE
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -46,6 +48,8 @@ UPPER_BOUND = (
     "Give the annotations for the challenge's score"
 )
 RATE_NAMES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
+WIDTH = 90
+"""Columns of a terminal."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Evaluation:
     diameter_auc : float
         AUC of the nodule's diameter alone as score, for `is_malignant`; else NaN.
     froc : FrocResult or None
-        For `is_nodule`.
+        For `is_nodule`, where the crops are whole scans'.
     froc_from : str or None
         'annotations', or 'candidates': an upper bound.
     notes : tuple of str
@@ -145,7 +149,8 @@ class Evaluation:
 
     def text(self) -> str:
         """Summary for a terminal, at most 90 columns wide."""
-        return "\n".join(chain(_heading(self), _figure_lines(self), _froc_lines(self), _size_lines(self)))
+        parts = _heading(self), _figure_lines(self), _froc_lines(self), _size_lines(self)
+        return "\n".join(chain(*parts, note_lines(self.notes)))
 
 
 def evaluate(  # noqa: PLR0913
@@ -158,6 +163,8 @@ def evaluate(  # noqa: PLR0913
     excluded: pd.DataFrame | None = None,
     series_uids: Sequence[str] | None = None,
     num_bootstrap: int = 0,
+    with_froc: bool = True,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
     """All figures of a result.
 
@@ -180,6 +187,10 @@ def evaluate(  # noqa: PLR0913
         The scans that were searched, also those without a candidate; default those of the rows.
     num_bootstrap : int
         Draws of scans for the interval of FROC and CPM; 0 for none.
+    with_froc : bool
+        False where the crops are not all of their scans': then false positives a scan mean nothing.
+    notes : sequence of str
+        What is known of the rows already.
 
     Raises
     ------
@@ -191,19 +202,22 @@ def evaluate(  # noqa: PLR0913
     diameters = manifest_rows["diameter_mm"].to_numpy(dtype=np.float64)
     ranking = rank_scores(positive, values)
     binary = binary_metrics(positive, probability, threshold)
-    notes = [
-        f"{reason}, so there is no {', '.join(name for name, why in binary.undefined.items() if why == reason)}"
-        for reason in dict.fromkeys(binary.undefined.values())
+    said = [
+        *notes,
+        *(
+            f"{reason}, so there is no {', '.join(name for name, why in binary.undefined.items() if why == reason)}"
+            for reason in dict.fromkeys(binary.undefined.values())
+        ),
     ]
     froc = source = None
-    if label == "is_nodule":
+    if label == "is_nodule" and with_froc:
         source = FROM_CANDIDATES if annotations is None else FROM_ANNOTATIONS
         froc, more = _froc(manifest_rows, values, (annotations, excluded), series_uids, num_bootstrap)
-        notes += more
+        said += more
     known = np.isfinite(diameters)
     is_sized = label == "is_malignant" and bool(known.any())
     if is_sized and not known.all():
-        notes.append(f"diameter alone is judged on the {known.sum():,} of {len(known):,} crops that have one")
+        said.append(f"diameter alone is judged on the {known.sum():,} of {len(known):,} crops that have one")
     return Evaluation(
         label,
         manifest_rows,
@@ -218,7 +232,7 @@ def evaluate(  # noqa: PLR0913
         area_under_roc(rank_scores(positive[known], diameters[known])) if is_sized else math.nan,
         froc,
         source,
-        tuple(notes),
+        tuple(said),
     )
 
 
@@ -264,6 +278,40 @@ def percent(share: float) -> str:
 def figure_text(value: float, digits: int = 3) -> str:
     """A share with some digits; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def note_lines(notes: Iterable[str]) -> list[str]:
+    """Notes for a terminal below an empty line; nothing where there are none."""
+    style: dict[str, Any] = {"subsequent_indent": " " * 6, "break_long_words": False, "break_on_hyphens": False}
+    lines = [line for note in notes for line in textwrap.wrap(f"note: {note}", WIDTH, **style)]
+    return ["", *lines] if lines else []
+
+
+def found_at(threshold: float) -> str:
+    """Head of a column that counts the positives from a threshold on.
+
+    >>> found_at(0.5)
+    'found at 0.5'
+    """
+    return f"found at {threshold:g}"
+
+
+def learnt_notes(trained: str, split: str, part: str) -> tuple[str, ...]:
+    """What to say where crops that are judged may have been learnt: a note, or none.
+
+    Parameters
+    ----------
+    trained, split : str
+        What the run was trained on, and what it is judged on, see `lunatrain.sampling.select_rows`.
+    part : str
+        Of `split`, what is judged.
+
+    >>> learnt_notes("series", "series", "val")
+    ()
+    """
+    is_held_out = split == trained != WHOLE and part == "val"
+    note = f"the run was trained on split {trained}: crops judged here may be among those it learnt"
+    return () if is_held_out else (note,)
 
 
 def _labels(rows: pd.DataFrame, label: str) -> Bools:
@@ -397,4 +445,4 @@ def _size_lines(result: Evaluation) -> list[str]:
     if not rows:
         return []
     lines = [f"{row.label:<12}{row.num_found:>8,} of {row.num_positive:>6,}{percent(row.recall):>10}" for row in rows]
-    return ["", f"{'diameter':<12}{'found':>8}", *lines]
+    return ["", f"{'diameter':<12}{found_at(result.binary.threshold):>18}{'recall':>10}", *lines]

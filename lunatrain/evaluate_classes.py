@@ -15,15 +15,13 @@ import pandas as pd
 from lunaprep.schema import SUBTYPE_NAMES
 from lunatrain.class_metrics import OF_CLASS, ClassMetrics, Intervals, bootstrap_intervals, class_metrics
 from lunatrain.errors import UsageError
-from lunatrain.evaluate import figure_text, percent
+from lunatrain.evaluate import WIDTH, figure_text, note_lines, percent
 from lunatrain.labelled import class_labels
 from lunatrain.marks import MARK_COLUMNS
 from lunatrain.metrics import RocCurve, rank_scores, roc_curve, without_nan
 
 FEW = 10
 """Crops of a class below which its figures are said to be guesses."""
-WIDTH = 90
-"""Columns of a terminal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +112,7 @@ class ClassEvaluation:
 
     def text(self) -> str:
         """Summary for a terminal, at most 90 columns wide for classes with short names."""
-        return "\n".join(chain(_heading(self), _table(self), _confusion(self), _notes(self)))
+        return "\n".join(chain(_heading(self), _table(self), _confusion(self), note_lines(self.notes)))
 
 
 def evaluate_classes(
@@ -259,7 +257,3 @@ def _confusion(result: ClassEvaluation) -> list[str]:
     for name, row in zip(names, result.metrics.confusion, strict=True):
         lines.append(name.ljust(wide + 4) + "".join(f"{count:>{wide},}" for count in row))
     return lines
-
-
-def _notes(result: ClassEvaluation) -> list[str]:
-    return ["", *(f"note: {note}" for note in result.notes)] if result.notes else []

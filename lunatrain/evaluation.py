@@ -1,18 +1,20 @@
 """Evaluate a run or a checkpoint on a store: predict, score, and write the report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from lunaprep.store.reader import Store, open_store
 from lunatrain.config import SUBTYPE, TARGETS
 from lunatrain.crop_kind import check_fits
 from lunatrain.data import CropLoader
 from lunatrain.errors import UsageError
-from lunatrain.evaluate import Evaluation, evaluate
+from lunatrain.evaluate import Evaluation, evaluate, learnt_notes
 from lunatrain.evaluate_classes import ClassEvaluation, evaluate_classes
 from lunatrain.labelled import rows_of_classes
 from lunatrain.log import read_metrics
@@ -27,6 +29,11 @@ from lunatrain.tasks.classify import in_batches, predict_classes
 from lunatrain.training import CLASSIFIERS, best_of, load_model, newest_run, pick_device, store_of
 
 BATCH = 256
+MALIGNANT = TARGETS["malignant"]
+BY_CANDIDATE = "candidate"
+NO_FROC = (
+    "no FROC and no CPM: split candidate holds out some of each scan's candidates, which are not all marks of the scan"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,13 @@ class _Judged:
     store: Store
     model: torch.nn.Module
     split: str
+    trained: str | None
+    """The split that the network was trained on; None where that is not known."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of any figures must know."""
+        return learnt_notes(self.trained, self.split, self.options.part) if self.trained else ()
 
     def predict(self, rows: Rows) -> Any:
         """Probabilities of rows, (n, classes)."""
@@ -90,8 +104,9 @@ def run_evaluation(options: EvalOptions) -> Evaluated:
             f"--target {options.target}: {checkpoint} has learnt {learnt}. Leave --target out, or name another run"
         )
         raise UsageError(message)
-    split = options.split or facts["config"].get("split", "series")
-    judged = _Judged(options, store, model, split)
+    trained = facts["config"].get("split")
+    split = options.split or trained or "series"
+    judged = _Judged(options, store, model, split, trained)
     result = _of_classes(judged, classes) if classes else _of_two(judged, target)
     out = options.out or (run or Path()) / f"eval-{split.replace(':', '')}-{options.part}"
     given: dict[str, Any] = {
@@ -108,6 +123,12 @@ def run_evaluation(options: EvalOptions) -> Evaluated:
 
 def _of_two(judged: _Judged, target: str) -> Evaluation:
     options, store = judged.options, judged.store
+    if target == MALIGNANT:
+        _refuse(options, "of malignancy", "annotations", "excluded", "bootstrap")
+    if options.excluded is not None and options.annotations is None:
+        message = "--excluded needs --annotations: both belong to the challenge's score. Give both, or neither"
+        raise UsageError(message)
+    is_whole = judged.split != BY_CANDIDATE or options.part == "all"
     rows = select_rows(store.columns(*columns_of(judged.split, target)), judged.split, options.part, target)
     return evaluate(
         store.rows(rows),
@@ -117,19 +138,27 @@ def _of_two(judged: _Judged, target: str) -> Evaluation:
         excluded=read_annotations(options.excluded) if options.excluded else None,
         series_uids=_series(store, judged.split, options.part),
         num_bootstrap=options.bootstrap,
+        with_froc=is_whole,
+        notes=judged.notes if is_whole or target == MALIGNANT else (*judged.notes, NO_FROC),
     )
 
 
 def _of_classes(judged: _Judged, classes: tuple[str, ...]) -> ClassEvaluation:
     options, store = judged.options, judged.store
-    for name in ("annotations", "excluded"):
-        if getattr(options, name) is not None:
-            message = f"--{name} is for the challenge's score, and there is none of a {SUBTYPE}. Leave it out"
-            raise UsageError(message)
+    _refuse(options, f"of a {SUBTYPE}", "annotations", "excluded")
     manifest = store.columns(*columns_of(judged.split, SUBTYPE))
     rows, notes = rows_of_classes(manifest, judged.split, options.part, classes)
     probability = judged.predict(rows)
+    notes = (*judged.notes, *notes)
     return evaluate_classes(store.rows(rows), probability, classes, num_bootstrap=options.bootstrap, notes=notes)
+
+
+def _refuse(options: EvalOptions, of_what: str, *names: str) -> None:
+    """Refuse options of the challenge's score where there is none."""
+    for name in names:
+        if getattr(options, name):
+            message = f"--{name} is for the challenge's score, and there is none {of_what}. Leave it out"
+            raise UsageError(message)
 
 
 def _facts(
@@ -141,7 +170,7 @@ def _facts(
     about = {
         "checkpoint": checkpoint.name,
         "run": run.name if run else "-",
-        "epoch": str(progress.get("best_epoch", -1) + 1) if progress else "-",
+        "epoch": _epoch_text(progress) if progress else "-",
         "samples seen": f"{progress.get('samples', 0):,}" if progress else "-",
         "store": store_id,
         "split": f"{judged.split}, {judged.options.part}",
@@ -152,12 +181,19 @@ def _facts(
     return about
 
 
+def _epoch_text(progress: Mapping[str, Any]) -> str:
+    """Epochs whose weights a checkpoint holds: it is saved after its epoch has been counted."""
+    steps = f" and {progress['step']:,} steps" if progress["step"] else ""
+    return f"{progress['epoch']}{steps}"
+
+
 def predict_rows(model: torch.nn.Module, store: Store, rows: Rows, device: torch.device) -> Any:
     """Probability of each class of each row, (n, classes) float64."""
     model = prepare_for(device, model)
     with CropLoader(open_crops(store), BATCH, device=device) as loader:
         batches = loader.batches(in_batches(rows, BATCH))
-        return predict_classes(model, batches, device, amp_context("off", device))
+        bar = tqdm(batches, desc="eval", total=-(-len(rows) // BATCH), unit="batch", disable=None)
+        return predict_classes(model, bar, device, amp_context("off", device))
 
 
 def _checkpoint(options: EvalOptions) -> tuple[Path, Path | None]:

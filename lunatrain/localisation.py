@@ -17,6 +17,7 @@ from lunatrain.checkpoint import Loaded, load_checkpoint
 from lunatrain.config import config_from_json
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.localisation_config import LocConfig
+from lunatrain.log import progress_bar
 from lunatrain.loop import Run, Trainer
 from lunatrain.models.boxnet import build_boxnet
 from lunatrain.sampling import EpochPlan, Shuffled, select_rows
@@ -71,13 +72,14 @@ def open_training(options: TrainOptions, config: LocConfig) -> Trainer:
         The store is not whole, or a slice cannot be read.
     """
     device, processes = pick_device(options.device), options.processes
-    slices = read_slices(options.store, options.slices, config.side, config.slice_mm)
+    show = options.show_progress and processes.is_first
+    slices = read_slices(options.store, options.slices, config.side, config.slice_mm, show=show)
     if config.split == "series" and slices.table["split_series"].nunique() == 1:
         message = f"all slices of {options.store} are of one part or patient: nothing can be held out. Give --split all"
         raise UsageError(message)
-    rows, val_rows = (select_rows(slices.table, config.split, part) for part in ("train", "val"))
+    rows, val_rows = (select_rows(slices.table, config.split, part, unit="slice") for part in ("train", "val"))
     sampler = Shuffled(rows, config.seed, config.samples or None)
-    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size, not processes.is_alone)
+    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size)
     mean_box = slices.boxes[rows].mean(axis=0)
     task = Localise(slices, BoxAugmentation.parse(config.augment), val_rows, mean_box)
     torch.manual_seed(config.seed)
@@ -106,11 +108,17 @@ def resume_training(options: TrainOptions) -> tuple[Trainer, Loaded]:
     return resume_with(options, open_training, LocConfig, _args_of)
 
 
-def read_slices(source: Path, folder: Path | None, side: int, slice_mm: float) -> BoxSlices:
+def read_slices(source: Path, folder: Path | None, side: int, slice_mm: float, *, show: bool = False) -> BoxSlices:
     """Slices of a store, or of a CSV file of boxes and the folder of its DICOM files (default: the file's own)."""
     if source.suffix.lower() == TABLE_SUFFIX and source.is_file():
         return read_csv_slices(source, folder or source.parent, side)
-    return read_store_slices(open_store(source), side, slice_mm)
+    with progress_bar(None, "reading", "scan", show=show) as bar:
+        return read_store_slices(open_store(source), side, slice_mm, lambda text: _tell(bar, text))
+
+
+def _tell(bar: Any, text: str) -> None:
+    bar.set_description_str(text, refresh=False)
+    bar.update()
 
 
 def load_localiser(path: Path, device: torch.device) -> Localiser:
@@ -124,7 +132,7 @@ def load_localiser(path: Path, device: torch.device) -> Localiser:
     loaded = load_checkpoint(best_of(path))
     args = _args_of(loaded)
     model = build_boxnet(args["name"])
-    model.load_state_dict(loaded.state["model"])
+    model.load_state_dict(loaded.weights)
     model = model.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     config = config_from_json(loaded.state["config"], LocConfig)
     return Localiser(loaded.path, model, int(args["side"]), config, loaded.state["store_id"])
@@ -175,4 +183,4 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
     if held != name:
         message = f"{path} holds a model {held!r}, not {name!r}. Give --model {held}"
         raise CheckpointError(message)
-    model.load_state_dict(loaded.state["model"])
+    model.load_state_dict(loaded.weights)

@@ -9,8 +9,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+SMALL = 0.01
+"""Smaller figures are shown with two digits."""
+
+
+def figure_text(value: float | None) -> str:
+    """A figure as a line shows it; what is none is a dash.
+
+    >>> figure_text(0.12345), figure_text(0.00012345), figure_text(float("nan"))
+    ('0.123', '0.00012', '-')
+    """
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if value >= SMALL or not value else f"{value:.2g}"
+
+
+def progress_bar(total: int | None, what: str, unit: str, *, show: bool) -> "tqdm[Any]":
+    """A bar on stderr, which goes when it is done; none without a terminal, nor where it is not to be shown."""
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if show else True)
 
 
 class RunLog:

@@ -5,6 +5,7 @@ stopped and resumed is the run that was not, bit for bit on a CPU.
 """
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from lunatrain.checkpoint import BEST, LAST, save_checkpoint
 from lunatrain.config import TrainConfig
 from lunatrain.distributed import Processes
 from lunatrain.errors import TrainingError
-from lunatrain.log import RunLog
+from lunatrain.log import RunLog, figure_text
 from lunatrain.sampling import EpochPlan
 from lunatrain.tasks.task import LOSS, Batch, Loader, Task
 
@@ -46,6 +47,8 @@ class Progress:
     best_epoch: int = -1
     best_figures: dict[str, float] = field(default_factory=dict)
     """The validation of the best epoch."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """The validation of the last epoch that has ended."""
     kept: list[tuple[float, int]] = field(default_factory=list)
     """Scores and epochs whose weights have a file of their own, the best first."""
     sums: dict[str, float] = field(default_factory=dict)
@@ -93,7 +96,7 @@ class Trainer:
 
     @property
     def judged(self) -> nn.Module:
-        """The model that is validated and kept as best: the averaged one, where there is one."""
+        """The model that is validated: the averaged one, where there is one; see `Loaded.weights`."""
         return self.averaged.module if self.averaged is not None else self.model
 
     def state(self) -> dict[str, Any]:
@@ -119,7 +122,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # not where mixed precision was another then
+            self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         if not self.run.processes.is_first:
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the first process has those of all
@@ -185,22 +189,33 @@ def train(trainer: Trainer, log: RunLog | None, *, show_progress: bool = False) 
     TrainingError
         The loss is no number any more.
     KeyboardInterrupt
-        A stop was asked for; the checkpoint has been written.
+        A stop was asked for; the checkpoint has been written, unless a second stop did not wait for it.
     """
+    try:
+        with stop_request() as is_stopping:
+            _train(trainer, log, is_stopping, show_progress)
+    except KeyboardInterrupt:
+        last = trainer.run.path / LAST
+        if not last.exists():
+            raise
+        message = f"interrupted; {last} is kept, go on with --resume --out {trainer.run.path}"
+        raise KeyboardInterrupt(message) from None
+    return trainer.progress
+
+
+def _train(trainer: Trainer, log: RunLog | None, is_stopping: Callable[[], bool], show_progress: bool) -> None:
     run, progress = trainer.run, trainer.progress
-    with stop_request() as is_stopping:
-        while progress.epoch < run.config.epochs and not _is_patience_over(run.config, progress):
-            for batch in _show(run, progress, show_progress):
-                trainer.step(batch)
-                if run.processes.any(is_stopping()):
-                    _save(trainer, LAST)
-                    raise KeyboardInterrupt
-                if progress.step % run.config.save_steps == 0:
-                    _save(trainer, LAST)
-            line = _end_epoch(trainer, log)
-            if show_progress and run.processes.is_first:
-                tqdm.write(line, file=sys.stderr)
-    return progress
+    while progress.epoch < run.config.epochs and not _is_patience_over(run.config, progress):
+        for batch in _show(run, progress, show_progress):
+            trainer.step(batch)
+            if run.processes.any(is_stopping()):
+                _save(trainer, LAST)
+                raise KeyboardInterrupt
+            if progress.step % run.config.save_steps == 0:
+                _save(trainer, LAST)
+        line = _end_epoch(trainer, log)
+        if show_progress and run.processes.is_first:
+            tqdm.write(line, file=sys.stderr)
 
 
 def _end_epoch(trainer: Trainer, log: RunLog | None) -> str:
@@ -215,27 +230,33 @@ def _end_epoch(trainer: Trainer, log: RunLog | None) -> str:
         log.write("train", progress.epoch, progress.samples, trained)
         log.write("val", progress.epoch, progress.samples, validation.figures)
         validation.draw(log, progress.samples)
-    score = validation.figures[run.task.score_name] * (-1 if run.task.score_name == LOSS else 1)
+    progress.figures = dict(validation.figures)
+    score = _score(trainer, validation.figures[run.task.score_name])
     if isinstance(trainer.schedule, ReduceLROnPlateau):
         trainer.schedule.step(score)
-    is_best = progress.best_epoch < 0 or score > progress.best
+    is_best = progress.best_epoch < 0 or score > progress.best or math.isnan(progress.best)
     if is_best:
-        progress.best, progress.best_epoch = score, progress.epoch
-        progress.best_figures = dict(validation.figures)
+        progress.best, progress.best_epoch, progress.best_figures = score, progress.epoch, progress.figures
     dropped = _rank(progress, score, run.config.keep_best)
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-    judged = {"model": trainer.judged.state_dict()}
     if is_best:
-        _save(trainer, BEST, judged)
+        _save(trainer, BEST)
     if any(epoch == progress.epoch - 1 for _, epoch in progress.kept):
-        _save(trainer, epoch_file(progress.epoch - 1), judged)
+        _save(trainer, epoch_file(progress.epoch - 1))
     _save(trainer, LAST)  # last: a run stopped before this ends the epoch again
     if run.processes.is_first:
         for epoch in dropped:
             (run.path / epoch_file(epoch)).unlink(missing_ok=True)
-    shown = [f"{name} {validation.figures[name]:.3f}" for name in run.task.shown if name in validation.figures]
+    figures = progress.figures
+    shown = [f"{name} {figure_text(figures[name])}" for name in run.task.shown if name in figures]
     best = ", the best so far" if is_best else ""
     return f"epoch {progress.epoch}/{run.config.epochs}: loss {mean_loss:.4f}; validation: {', '.join(shown)}{best}"
+
+
+def _score(trainer: Trainer, figure: float) -> float:
+    """What decides on the best epoch, patience and the learning rate: the first process's, the higher, the better."""
+    score = trainer.run.processes.of_first(-figure if trainer.run.task.score_name == LOSS else figure)
+    return -math.inf if math.isnan(score) else score
 
 
 def epoch_file(epoch: int) -> str:
@@ -270,14 +291,14 @@ def _require_finite(trainer: Trainer) -> None:
             raise TrainingError(message)
 
 
-def _save(trainer: Trainer, name: str, changes: dict[str, Any] | None = None) -> None:
+def _save(trainer: Trainer, name: str) -> None:
     _require_finite(trainer)
     processes = trainer.run.processes
     sums = processes.sum(trainer.progress.sums)
     if processes.is_first:
         state = trainer.state()
         state["progress"]["sums"] = sums
-        save_checkpoint(trainer.run.path / name, {**state, **(changes or {})})
+        save_checkpoint(trainer.run.path / name, state)
     processes.wait()
 
 
@@ -344,7 +365,7 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 

@@ -19,11 +19,12 @@ from matplotlib.style import context as style_context
 
 from lunatrain.froc import RATES, FrocResult
 from lunatrain.metrics import CalibrationBin, PrecisionRecallCurve, RocCurve
+from lunatrain.overlays import LUNG_WINDOW
 
 POINTS_PER_OCTAVE = 128
 PLAIN_STYLE = style_context(["default", {"text.parse_math": False, "font.size": 10.5}])  # and $ is a plain sign
-WINDOW_HU = (-1350.0, 150.0)
-"""The lung window: level -600, width 1500."""
+LEGEND_RATE, LEGEND_HEIGHT = 0.75, 0.18
+"""Where the legend of a FROC curve begins in the lower right corner, and how high it reaches."""
 
 DPI, MONTAGE_COLUMNS = 130, 6
 NUM_SCORE_BINS = 40
@@ -163,7 +164,9 @@ def froc_png(result: FrocResult, theme: Theme = LIGHT) -> bytes:
     axes.set_xscale("log", base=2)
     axes.set_xticks(RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     axes.set(xlim=(RATES[0], RATES[-1]), ylim=(0, 1.02), xlabel="false positives per scan", ylabel="sensitivity")
-    _finish(axes, theme, "lower right", bool(np.isnan(result.cpm)))
+    lowest = curve if ci is None else np.interp(rates, ci.fp_per_scan, ci.low)
+    is_free = bool(np.interp(LEGEND_RATE, rates, lowest) > LEGEND_HEIGHT)  # beneath the curve, else it is above
+    _finish(axes, theme, "lower right" if is_free else "upper left", bool(np.isnan(result.cpm)))
     return png_of(figure)
 
 
@@ -214,14 +217,21 @@ def training_png(
 ) -> bytes:
     """Draw the lines of metrics.jsonl (see `lunatrain.log`) against samples seen; `panels` as `PANELS`."""
     panels = _panels(curves) if panels is None else panels
+    is_point = len({record.get("samples") for record in curves}) == 1
     num_rows = max(1, -(-len(panels) // 3))
     figure = Figure(figsize=(11.4, 3.1 * num_rows), dpi=DPI, layout="constrained", facecolor=theme.background)
     for k, (title, names) in enumerate(panels.items()):
         axes = figure.add_subplot(num_rows, 3, k + 1)
+        seen: list[float] = []
         for part, colour, style in (("train", theme.first, "-"), ("val", theme.second, "--")):
             x, y = _points(curves, part, names)
             if x:
                 axes.plot(x, y, color=colour, ls=style, lw=1.8, marker="o", ms=3, label=part)
+                seen += y
+        if "loss" not in names:
+            _limit_scores(axes, seen, is_point=is_point)
+        if is_point:
+            axes.set_xlim(left=0)
         axes.set_title(title, size=11, color=theme.text)
         axes.set_xlabel("samples seen")
         axes.xaxis.set_major_formatter(_short_number)
@@ -259,7 +269,7 @@ def montage_png(
         axes = figure.add_axes(place, label=f"crop {k}", xticks=[], yticks=[])
         middle = np.asarray(crop.shape) // 2 if center_irc is None else np.asarray(center_irc)[k]
         index, row, column = np.clip(middle, 0, np.asarray(crop.shape) - 1).tolist()
-        image, (low, high) = np.asarray(crop[index], dtype=np.float32), WINDOW_HU
+        image, (low, high) = np.asarray(crop[index], dtype=np.float32), LUNG_WINDOW
         axes.imshow(image, "gray", vmin=low, vmax=high, interpolation="bicubic", aspect="auto")
         colour = DARK.muted if is_positive is None else FRAMES[0 if is_positive[k] else 1]
         for start, stop in ((0.0, 0.07), (0.93, 1.0)) if center_irc is not None else ():
@@ -324,6 +334,14 @@ def _points(curves: Sequence[Mapping[str, Any]], part: str, names: Sequence[str]
             x.append(float(record["samples"]))
             y.append(np.nan if record[name] is None else float(record[name]))
     return x, y
+
+
+def _limit_scores(axes: Axes, values: Sequence[float], *, is_point: bool) -> None:
+    """Let axes of shares end at 0 and 1; of a single epoch show all between: a dot says nothing on axes of its own."""
+    if not all(np.isnan(value) or 0 <= value <= 1 for value in values):
+        return
+    low, high = (-np.inf, np.inf) if is_point else axes.get_ylim()
+    axes.set_ylim(max(low, -0.02), min(high, 1.02))
 
 
 def _short_number(value: float, _: float) -> str:

@@ -20,6 +20,7 @@ from lunatrain.evaluate import (
     FROM_CANDIDATES,
     Evaluation,
     figure_text,
+    found_at,
     percent,
     predictions_csv,
     worst_rows,
@@ -170,9 +171,9 @@ def _cards(evaluation: Evaluation) -> str:
         _card("Precision", binary.precision, f"{found:,} of {called:,} called {positive}"),
         _card("F1", binary.f1, best),
     ]
-    if froc is None:
+    if evaluation.label == "is_malignant":
         cards.insert(1, _card("Diameter alone", evaluation.diameter_auc, "AUC of the diameter as score: to be beaten"))
-    else:
+    if froc is not None:
         bound = "upper bound; " if evaluation.froc_from == FROM_CANDIDATES else ""
         mean = "mean sensitivity at 1/8 to 8 false positives a scan"
         cards.insert(
@@ -224,7 +225,7 @@ def _diameter_section(evaluation: Evaluation) -> str:
         for k, row in enumerate(evaluation.by_diameter)
         if row.num_positive or row.low_mm == row.low_mm
     ]
-    table = html_table(["diameter", "crops", "found", "recall"], rows)
+    table = html_table(["diameter", "crops", found_at(evaluation.binary.threshold), "recall"], rows)
     text = f"Crops of the class '{evaluation.classes[0]}' that reach the threshold, by the diameter of their nodule."
     return section("By diameter", text, f'<div class="panel">{table}</div>')
 

@@ -31,7 +31,7 @@ def columns_of(split: str, *labels: str) -> tuple[str, ...]:
     return tuple(column.name for column in MANIFEST_COLUMNS if column.name in (name, *labels))
 
 
-def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None = None) -> Rows:
+def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None = None, unit: str = "crop") -> Rows:
     """Rows of one part of a split.
 
     Parameters
@@ -45,6 +45,8 @@ def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None
         Part of the split.
     label : str, optional
         Column that must be known in each row: rows where it is null are left out.
+    unit : str
+        What a row is, for errors.
 
     Returns
     -------
@@ -66,13 +68,13 @@ def select_rows(manifest: pd.DataFrame, split: str, part: str, label: str | None
     rows = np.flatnonzero(chosen).astype(np.int64)
     if not len(rows):
         message = (
-            f"split {split} has no {part} crops among the store's {len(manifest)}. Take another split, or more scans"
+            f"split {split} has no {part} {unit}s among the store's {len(manifest)}. Take another split, or more scans"
         )
         raise UsageError(message)
     if label is not None:
         rows = rows[_column(manifest, label).notna().to_numpy()[rows]]
     if not len(rows):
-        message = f"no {part} crop of split {split} has {label}. Build the store with the file that says it"
+        message = f"no {part} {unit} of split {split} has {label}. Build the store with the file that says it"
         raise UsageError(message)
     return rows
 
@@ -242,6 +244,9 @@ class EpochPlan:
     The batches of all ranks together are those of one process; so a run may go on with another number of processes. A
     place in training is three integers: seed, epoch, step.
 
+    Each rank has as many samples of a step as the others: only then is the mean of the ranks' gradients that of the
+    batch. So a short last batch that cannot be shared out is filled up with the first samples of the epoch.
+
     Attributes
     ----------
     sampler : Sampler
@@ -250,16 +255,12 @@ class EpochPlan:
         Samples of a step, over all processes; a multiple of `world_size`.
     rank, world_size : int
         This process, and how many there are.
-    drop_last : bool
-        Leave out a short last batch. If it is the only one, it is cut so that each rank has as many samples: only then
-        is the mean of the ranks' gradients that of the batch. Kept, a short batch may be empty for some ranks.
     """
 
     sampler: Sampler
     batch_size: int
     rank: int = 0
     world_size: int = 1
-    drop_last: bool = False
 
     def __post_init__(self) -> None:
         if len(self.sampler) < 1 or self.batch_size < 1:
@@ -271,17 +272,9 @@ class EpochPlan:
             )
             raise UsageError(message)
 
-        if self.drop_last and len(self.sampler) < self.world_size:
-            message = (
-                f"an epoch of {len(self.sampler)} samples has none for some of {self.world_size} processes. Take fewer "
-                "processes, or more --samples"
-            )
-            raise UsageError(message)
-
     def __len__(self) -> int:
-        """Steps of an epoch, the same for each rank."""
-        whole, rest = divmod(len(self.sampler), self.batch_size)
-        return whole + bool(rest and not (self.drop_last and whole))
+        """Steps of an epoch, the same for each rank and for any number of them."""
+        return -(-len(self.sampler) // self.batch_size)
 
     @property
     def rank_batch_size(self) -> int:
@@ -291,8 +284,7 @@ class EpochPlan:
     def batches(self, epoch: int, step: int = 0) -> Iterator[Rows]:
         """Rows of each step of an epoch, from `step` on: this rank's."""
         order = self.sampler.order(epoch)
-        if self.drop_last and len(order) < self.batch_size:
-            order = order[: len(order) // self.world_size * self.world_size]
+        order = np.resize(order, -(-len(order) // self.world_size) * self.world_size)
         for start in range(step * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield np.ascontiguousarray(order[start : start + self.batch_size][self.rank :: self.world_size])
 

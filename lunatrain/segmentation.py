@@ -11,7 +11,7 @@ from torch import nn
 from lunaprep.store.reader import Store, open_store
 from lunatrain.augment import Augmentation
 from lunatrain.checkpoint import Loaded, load_checkpoint
-from lunatrain.dense import HU_WINDOW
+from lunatrain.dense import HU_WINDOW, window_of
 from lunatrain.errors import CheckpointError, UsageError
 from lunatrain.images import ImageFolder, ImageLoader, read_images
 from lunatrain.loop import Run, Trainer
@@ -80,7 +80,8 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         In evaluation mode; for `lunatrain.dense.predict_volume`.
     facts : dict
         `context` (slices), `num_classes`, `kind` ("slices" or "images"), `threshold` (chosen on the validation slices;
-        0.5 where nobody chose), `hu_window`, `config`, `store_id`, `checkpoint`.
+        0.5 where nobody chose), `hu_window` (HU to be clipped to; also the model's attribute), `config`, `store_id`,
+        `checkpoint`.
 
     Raises
     ------
@@ -97,14 +98,17 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         loaded = load_checkpoint(checkpoint)
         state, args = loaded.state, _args_of(loaded)
         model = build_segmenter(args["name"], args["in_channels"], args["num_classes"])
-        model.load_state_dict(state["model"])
-    figures = state["progress"].get("best_figures", {})
+        model.load_state_dict(loaded.weights)
+    progress = state["progress"]
+    figures = progress.get("figures") or progress.get("best_figures", {})
+    low, high = args.get("hu", HU_WINDOW)
+    model.hu_window = (float(low), float(high))  # type: ignore[assignment]
     facts = {
         "context": args["in_channels"],
         "num_classes": args["num_classes"],
         "kind": args["kind"],
         "threshold": float(figures.get("threshold", BOOK_THRESHOLD)),
-        "hu_window": HU_WINDOW,
+        "hu_window": window_of(model),
         "config": state["config"],
         "store_id": state["store_id"],
         "checkpoint": str(checkpoint),
@@ -126,18 +130,24 @@ def _open_slabs(options: TrainOptions, config: SegConfig, device: torch.device) 
     if not len(table):
         message = f"{options.store} has no slabs. Build it with a lunaprep that makes them, from scans with nodules"
         raise UsageError(message)
-    rows = select_rows(table, config.split, "train", config.target)
-    val_rows = select_rows(table, config.split, "val", config.target)
+    rows, val_rows = (select_rows(table, config.split, part, config.target, "slab") for part in ("train", "val"))
     processes = options.processes
-    plan = EpochPlan(
-        _sampler(table, rows, config), config.batch_size, processes.rank, processes.world_size, not processes.is_alone
-    )
+    show = options.show_progress and processes.is_first
+    plan = EpochPlan(_sampler(table, rows, config), config.batch_size, processes.rank, processes.world_size)
     slabs, masks = open_slabs(store, options.io)
     loader = SlabLoader(slabs, masks, plan.rank_batch_size, device)
     context = store.slab_shape[0]
-    val = _validation(store, val_rows, SlabLoader(slabs, masks, max(16, config.batch_size), device), config)
-    task = Segment(Augmentation.parse(config.augment), config.side, pick_loss(config.loss), val)
+    val_loader = SlabLoader(slabs, masks, max(16, config.batch_size), device)
+    val = _validation(store, (rows, val_rows), val_loader, config, show)
+    if not val.num_nodules:
+        message = (
+            f"no held-out slice of split {config.split} shows a nodule, so nothing can be judged. "
+            "Take another split (fold:K, candidate), a larger --val-slices, or more scans"
+        )
+        raise UsageError(message)
+    task = Segment(Augmentation.parse(config.augment), config.side, pick_loss(config.loss), val, show)
     args = {"name": config.model, "in_channels": context, "num_classes": 1, "kind": SLICES}
+    args["hu"] = list(store.parameters["hu"])
     return _trainer(options, config, device, (task, plan, loader, store.record["store_id"], args))
 
 
@@ -145,11 +155,16 @@ def _open_images(options: TrainOptions, config: SegConfig, device: torch.device)
     folder = read_images(options.store)
     count = len(folder.values)
     is_binary = count == 2
+    if not is_binary and config.loss != SegConfig.loss:
+        message = (
+            f"--loss: got {config.loss} for images of {count} classes, which have a loss of their own. Leave it out"
+        )
+        raise UsageError(message)
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = pick_loss(config.loss) if is_binary else class_loss
     task = SegmentImages(count, Augmentation.parse(config.augment), config.side, loss, folder.test)
     sampler = Shuffled(np.arange(len(folder.train)), config.seed, config.samples or None)
     processes = options.processes
-    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size, not processes.is_alone)
+    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size)
     args = {
         "name": config.model,
         "in_channels": folder.num_channels,
@@ -183,7 +198,7 @@ def _load_weights(model: nn.Module, path: Path, args: dict[str, Any]) -> None:
         if held[name] != args[name]:
             message = f"{path} is for {word} {held[name]}, this run for {args[name]}. Start from another checkpoint"
             raise CheckpointError(message)
-    model.load_state_dict(loaded.state["model"])
+    model.load_state_dict(loaded.weights)
 
 
 def _sampler(table: Any, rows: Rows, config: SegConfig) -> Sampler:
@@ -199,14 +214,14 @@ def _sampler(table: Any, rows: Rows, config: SegConfig) -> Sampler:
     return balanced(positives, negatives, config.seed, config.samples or len(rows), config.ratio)
 
 
-def _validation(store: Store, val_rows: Rows, loader: SlabLoader, config: SegConfig) -> ValSlices:
+def _validation(store: Store, parts: tuple[Rows, Rows], loader: SlabLoader, config: SegConfig, show: bool) -> ValSlices:
     """Whole slices of the held-out scans where the store has them, else the held-out slabs."""
-    table = store.slabs
+    table, (train_rows, val_rows) = store.slabs, parts
     val_series = sorted(set(table["series_uid"].iloc[val_rows]))
-    train_rows = select_rows(table, config.split, "train", config.target)
     are_held_out = not set(val_series) & set(table["series_uid"].iloc[train_rows])
     if are_held_out and store.scans.set_index("series_uid")["volume_file"].loc[val_series].notna().all():
-        return held_out_volumes(store, val_series, store.slab_shape[0], VAL_BATCH, config.val_slices)
+        context = store.slab_shape[0]
+        return held_out_volumes(store, val_series, context, VAL_BATCH, config.val_slices, show_progress=show)
     return held_out_slabs(loader, table, val_rows)
 
 

@@ -12,6 +12,7 @@ import torch
 from lunaprep.store.reader import Store
 from lunatrain.data import CropLoader
 from lunatrain.dense import read_slabs
+from lunatrain.log import progress_bar
 from lunatrain.mapping import CropMap
 from lunatrain.sampling import Rows
 
@@ -108,6 +109,10 @@ ValBatch = tuple[torch.Tensor, Sequence[TrueSlice]]
 class ValSlices(Protocol):
     """What a segmentation is judged on."""
 
+    def __len__(self) -> int:
+        """Slices."""
+        ...
+
     @property
     def num_nodules(self) -> int:
         """Nodules there are."""
@@ -138,6 +143,9 @@ class HeldOutSlabs:
     rows: Rows
     nodules: npt.NDArray[np.int64]
     num_nodules: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def batches(self) -> Iterator[ValBatch]:
         """All slabs, in their order."""
@@ -185,16 +193,23 @@ class HeldOutVolumes:
 
     def batches(self) -> Iterator[ValBatch]:
         """All slices, scan by scan."""
-        whole = slice(None)
+        whole, (low, high) = slice(None), self.store.parameters["hu"]
         for scan in self.scans:
             with self.store.open_volume(scan.series_uid) as hu:
                 for at in range(0, len(scan.indices), self.batch_size):
                     part = slice(at, at + self.batch_size)
-                    yield read_slabs(hu, scan.indices[part], self.context, whole, whole), scan.truths[part]
+                    slabs = read_slabs(hu, scan.indices[part], self.context, whole, whole, (low, high))
+                    yield slabs, scan.truths[part]
 
 
 def held_out_volumes(
-    store: Store, series_uids: Sequence[str], context: int, batch_size: int, max_slices: int = 0
+    store: Store,
+    series_uids: Sequence[str],
+    context: int,
+    batch_size: int,
+    max_slices: int = 0,
+    *,
+    show_progress: bool = False,
 ) -> HeldOutVolumes:
     """Choose slices of scans to validate on: each that shows a nodule, and half as many others, evenly spread.
 
@@ -210,13 +225,17 @@ def held_out_volumes(
         Most slices of a batch.
     max_slices : int
         Most slices in all, thinned evenly; 0 for no limit.
+    show_progress : bool
+        Whether to draw a bar.
     """
     scans, num_nodules = [], 0
-    for series_uid in series_uids:
-        nodules, lungs = store.masks(series_uid)
-        scan, found = _true_slices(series_uid, nodules > 0, lungs > 0, num_nodules)
-        scans.append(scan)
-        num_nodules += found
+    with progress_bar(len(series_uids), "held-out masks", "scan", show=show_progress) as bar:
+        for series_uid in series_uids:
+            nodules, lungs = store.masks(series_uid)
+            scan, found = _true_slices(series_uid, nodules > 0, lungs > 0, num_nodules)
+            scans.append(scan)
+            num_nodules += found
+            bar.update()
     total = sum(len(scan.indices) for scan in scans)
     if max_slices and total > max_slices:
         scans = [_thinned(scan, max_slices / total) for scan in scans]

@@ -45,6 +45,8 @@ class TrainOptions:
     processes: Processes = field(default_factory=Processes)
     slices: Path | None = None
     """Folder of the DICOM slices, where `store` is a table of boxes."""
+    show_progress: bool = False
+    """Whether to draw bars on stderr, where it is a terminal."""
 
 
 def new_run(name: str) -> Path:
@@ -55,7 +57,7 @@ def new_run(name: str) -> Path:
 
 
 def newest_run(*names: str) -> Path:
-    """The latest run under ./runs of one of the given tasks.
+    """The latest run under ./runs of one of the given tasks that has a checkpoint: not one that failed to start.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def newest_run(*names: str) -> Path:
     """
     tasks = "|".join(names)
     pattern = re.compile(rf"\d{{4}}-\d\d-\d\d_\d\d\.\d\d\.\d\d(-\d{{6}})?-({tasks})")
-    runs = sorted(path for path in RUNS.glob("*") if pattern.fullmatch(path.name) and path.is_dir())
+    runs = sorted(path for path in RUNS.glob("*") if pattern.fullmatch(path.name) and _checkpoint_in(path))
     if not runs:
         message = f"there is no run of {names[0]} under ./{RUNS}. Train one with 'lunatrain {names[0]}', or name one"
         raise UsageError(message)
@@ -81,12 +83,29 @@ def best_of(run: Path) -> Path:
     """
     if run.is_file():
         return run
-    for name in (BEST, LAST):
-        if (run / name).exists():
-            return run / name
+    checkpoint = _checkpoint_in(run)
+    if checkpoint is not None:
+        return checkpoint
     got = "has no checkpoint" if run.is_dir() else "is not there"
     message = f"{run} {got}. Name a run that has trained, or a checkpoint"
     raise UsageError(message)
+
+
+def require_free(run: Path) -> None:
+    """Refuse a folder for a new run that holds one already.
+
+    Raises
+    ------
+    UsageError
+        It does.
+    """
+    if _checkpoint_in(run) is not None:
+        message = f"{run} holds a run already. Go on with --resume, or give another --out"
+        raise UsageError(message)
+
+
+def _checkpoint_in(run: Path) -> Path | None:
+    return next((run / name for name in (BEST, LAST) if (run / name).exists()), None)
 
 
 def model_of(checkpoint: Path) -> str:
@@ -163,7 +182,7 @@ def open_training(options: TrainOptions, config: TrainConfig) -> Trainer:
     examples = find_examples(store, config)
     config = replace(config, classes=examples.classes)
     sampler = order_of(store, examples, config)
-    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size, not processes.is_alone)
+    plan = EpochPlan(sampler, config.batch_size, processes.rank, processes.world_size)
     torch.manual_seed(config.seed)
     num_classes = len(config.classes) or 2
     args = {"name": config.model, "num_classes": num_classes, "crop_shape": list(store.crop_shape)}
@@ -274,7 +293,7 @@ def load_weights(model: torch.nn.Module, path: Path, name: str) -> None:
         message = f"{path} holds a model {held!r}, not {name!r}. Give --model {held}"
         raise CheckpointError(message)
     try:
-        model.load_state_dict(loaded.state["model"])
+        model.load_state_dict(loaded.weights)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()[:120]
         message = f"{path} does not fit the model: {first}. Was it trained on crops of another shape?"
@@ -309,5 +328,5 @@ def load_model(path: Path, crop_shape: tuple[int, int, int]) -> tuple[torch.nn.M
         )
         raise CheckpointError(message)
     model = build_model(args["name"], args["num_classes"], crop_shape)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(loaded.weights)
     return model, {key: state[key] for key in ("config", "progress", "store_id", "model_args")}

@@ -98,7 +98,14 @@ HOMES = {
         "lunatrain.cli_detect",
     ],
     "PIL": ["lunatrain.images"],
-    "tqdm": ["lunaprep.parallel", "lunaprep.cli", "lunatrain.loop", "lunatrain.detect.pipeline"],
+    "tqdm": [
+        "lunaprep.parallel",
+        "lunaprep.cli",
+        "lunatrain.loop",
+        "lunatrain.log",
+        "lunatrain.evaluation",
+        "lunatrain.detect.pipeline",
+    ],
     "torch": ["lunatrain"],
     "lunatrain": ["lunatrain"],
     "sklearn": [],
@@ -112,6 +119,9 @@ TABLE_MAY_IMPORT = [*TRAIN_MAY_IMPORT, "lunaprep.scans.dicom_pixels"]
 
 # and the detector, which reads new scans, also through its readers and what prepares a scan
 DETECT_MAY_IMPORT = [*TRAIN_MAY_IMPORT, "lunaprep.scans", "lunaprep.geometry", "lunaprep.crops", "lunaprep.lungs"]
+
+# commands of both tools take paths alike
+COMMANDS_MAY_IMPORT = [*TRAIN_MAY_IMPORT, "lunaprep.cli_options"]
 
 # verify shares the format's definition with the writer, and none of its code
 VERIFY_MAY_IMPORT = ["lunaprep.__init__", "lunaprep.schema", "lunaprep.errors", "lunaprep.verify"]
@@ -171,6 +181,7 @@ def test_the_trainer_knows_the_store_only_by_its_reader() -> None:
         if within(name, ["lunatrain"]):
             allowed = DETECT_MAY_IMPORT if within(name, ["lunatrain.detect"]) else TRAIN_MAY_IMPORT
             allowed = TABLE_MAY_IMPORT if name == "lunatrain.box_table" else allowed
+            allowed = COMMANDS_MAY_IMPORT if name.startswith("lunatrain.cli") else allowed
             strangers = {o for o in own_imports(name) if within(o, ["lunaprep"]) and not within(o, allowed)}
             assert not strangers, f"{name} imports {strangers}"
 

@@ -226,6 +226,33 @@ def test_titles(tmp_path, figures):
     assert "3 candidates (2 nodules)" in texts[2]
 
 
+def texts_of(figure: Any) -> str:
+    legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return "\n".join([*(text.get_text() for text in figure.texts), *legends])
+
+
+def test_pictures_say_what_is_drawn(tmp_path, figures):
+    store = make_store()
+    pictures.candidate_picture(store, 0, tmp_path / "c.png")
+    pictures.series_picture(store, UID, tmp_path / "s.png")
+    pictures.overview_picture(store, tmp_path / "o.png")
+    told = ("slices from the centre", "the annotation's diameter around the candidate's centre", "the ticks point at")
+    for figure, words in zip(figures, told, strict=True):
+        assert words in texts_of(figure)
+    assert "at the sides: slices shown" in texts_of(figures[1])
+    assert "48 × 48 pixels, lung window" in texts_of(figures[2])
+
+
+def test_a_nodule_of_two_candidates_has_one_label(tmp_path, figures):
+    shared = {"index": 15, "is_nodule": True, "diameter_mm": 12.0}
+    places = [(50, 20, 7), (51, 21, 7), (20, 60, 8), (60, 60, None), (61, 61, None)]
+    rows = [shared | {"row": row, "col": col, "annotation_id": number} for row, col, number in places]
+    pictures.draw_series(ball(SHAPE, (15, 50, 20), 12.0), SPACING, table(*rows), "t", tmp_path / "s.png")
+    axes = next(axes for axes in figures[0].axes if axes.get_label() == "slice 15")
+    assert sum(text.get_text() == "12.0 mm" for text in axes.texts) == 4
+    assert len(axes.patches) == 5
+
+
 def test_text_from_outside_is_plain(tmp_path):
     pictures.draw_crop(np.zeros((4, 6, 6)), "$\\frac{ 漢字 \x1b \n$", SPACING, tmp_path / "c.png")
     pictures.draw_montage([np.zeros((4, 6, 6))], ["$x_$ 漢"], "\x00", tmp_path / "m.png")

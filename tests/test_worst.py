@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lunaprep import pictures
 from lunaprep.errors import TableError, UsageError
 from lunaprep.store.reader import open_store
 from lunaprep.worst import newest_predictions, predicted_rows, worst_rows
@@ -51,6 +52,16 @@ def test_show_draws_them(predictions, built_store, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert out.stat().st_size > 10_000
+
+
+def test_the_picture_says_what_was_wrong(predictions, built_store, tmp_path, monkeypatch):
+    run, manifest, _ = predictions
+    seen = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, out: seen.append(figure))
+    pictures.worst_picture(open_store(built_store), run, tmp_path / "worst.png")
+    title = "\n".join(text.get_text() for text in seen[0].texts)
+    assert f"missed most; blue: others taken for nodules; p: probability ({len(manifest) - 3:,} crops judged)" in title
+    assert all(axes.texts[0].get_text().startswith("p 0.") for axes in seen[0].axes)
 
 
 def test_what_cannot_be_drawn_is_one_line(predictions, tmp_path):

@@ -24,6 +24,11 @@ PICTURED_FINDINGS = 25
 
 CAUTION = "Software for research: places to look at, no diagnosis. What is not listed may still be there."
 
+TRUTH_NOTE = (
+    "Truth, from the annotations: 'nodule' hits one; 'nodule, again' hits one that a more probable candidate hit "
+    "already; 'excluded finding' counts neither way; 'no nodule' is a false positive."
+)
+
 STYLE = f""".tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 4px; }}
 .film svg {{ display: block; width: 100%; background: #000; }} .film text {{ fill: {TEXT}; font-weight: 600; }}
 .film text, .film .tick {{ filter: drop-shadow(0 0 1px #000) drop-shadow(0 0 1px #000); }}
@@ -197,6 +202,8 @@ def _scan_section(
         parts.append(f'<div class="panel">{html_table(_head(has_malignancy, verdicts), rows)}</div>')
     else:
         parts.append('<div class="panel"><strong>No findings</strong>: no candidate reaches the threshold.</div>')
+    if verdicts and len(result.table):
+        parts.append(f'<p class="note">{escape(TRUTH_NOTE)}</p>')
     if pictures is not None:
         parts.append(_montage(pictures, bool(findings)))
         parts.append(_finding_cards(number, findings, pictures, verdicts))
@@ -249,7 +256,7 @@ def _row(record: Mapping[Any, Any], has_malignancy: bool, verdicts: Mapping[tupl
 def _montage(pictures: ScanPictures, has_findings: bool) -> str:
     tiles = "".join(pictures.tiles)
     text = "Axial slices of the lungs from head to feet, lung window (−600 / 1500 HU); below left the slice's number."
-    text += " Circled: the findings." * has_findings
+    text += " Circled: the findings; where many lie together some have no room for their number." * has_findings
     return f'<h3>Montage</h3><p class="note">{escape(text)}</p><div class="panel film tiles">{tiles}</div>'
 
 
@@ -280,7 +287,8 @@ def _finding_cards(
             f'<br><span class="note">{escape(text)}</span></p><div class="film planes">{"".join(planes)}</div></div>'
         )
     more = len(findings) - len(blocks)
-    note = "Axial, coronal and sagittal; the outline is the segmented mask. " + DIAMETER_NOTE.capitalize() + "."
+    note = "Axial, coronal and sagittal; the outline is the segmented mask, black is outside the scan. "
+    note += DIAMETER_NOTE.capitalize() + "."
     note += f" {more:,} further findings are in the table only." if more else ""
     return f'<h3>Findings</h3><p class="note">{escape(note)}</p><div class="finds">{"".join(blocks)}</div>'
 

@@ -15,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from lunatrain.detect.reading import HU_RANGE
 from lunatrain.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -23,7 +24,6 @@ Labels = npt.NDArray[np.int32]
 Weight = Literal["probability", "intensity", "both", "none"]
 Triple = tuple[float, float, float]
 
-HU_RANGE = (-1000.0, 1000.0)
 SPLIT_LEVELS, SPLIT_STEP = 5, 1.0
 """Thresholds at which components are taken apart, and how far apart they are, in logits."""
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from lunaprep.geometry import Geometry
 from lunatrain.detect.grouping import Labels
 from lunatrain.detect.segmenting import Lungs
+from lunatrain.overlays import LUNG_WINDOW
 from lunatrain.page import data_url
-from lunatrain.plots import WINDOW_HU
 
 PLANES = {"axial": (1, 2), "coronal": (0, 2), "sagittal": (0, 1)}
 """Array axes drawn downwards and to the right."""
@@ -31,12 +31,16 @@ NUM_TILES = 20
 TILE_PX = 240
 """Most pixels of a montage's tile along a side."""
 
+_Box = tuple[float, float, float, float]
+
 TILE_ON_FINDINGS = 10
 FINDING_MM = 45.0
 FINDING_DIAMETERS = 2.2
 """Side of a finding's picture: so many mm, or so many of its diameters where that is more."""
 
 BAR_MM = 10
+LABEL = 0.062
+"""Size of a finding's number over the width of a tile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ def png(grey: npt.NDArray[np.uint8]) -> bytes:
 
 def grey_of(hu: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """HU as grey values in the lung window."""
-    low, high = WINDOW_HU
+    low, high = LUNG_WINDOW
     return np.asarray(np.clip((hu.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8))
 
 
@@ -132,7 +136,7 @@ def finding_pictures(
 
 
 def montage(view: View, lungs: Lungs, table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """SVG of axial slices of the lungs, from head to feet, with the findings circled.
+    """SVG of axial slices of the lungs, from head to feet, with the findings circled and numbered where there is room.
 
     Slices of the first findings are among them, the others lie evenly between.
 
@@ -207,7 +211,29 @@ def _tile(view: View, lungs: Lungs, index: int, table: Sequence[Mapping[str, Any
     turned = view.turned(blocks, "axial")
     steps = height / turned.shape[0], width / turned.shape[1]
     body = _image(turned, steps)
+    rings = _rings(view, lungs, index, table)
+    squares = ((x, y, 0.7 * radius) for x, y, radius in rings.values())  # within the rings
+    taken = [(x - half, y - half, x + half, y + half) for x, y, half in squares]
+    size = LABEL * width
+    for number, (x, y, radius) in rings.items():
+        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" class="ring"/>'
+        text = str(number)
+        box = _label_box((x, y, radius), (0.62 * size * len(text), 0.75 * size), (width, height), taken)
+        if box is not None:
+            taken.append(box)
+            body += f'<text x="{box[0]:.1f}" y="{box[3]:.1f}" font-size="{size:.1f}" class="mark">{text}</text>'
+    body += f'<text x="{0.02 * width:.1f}" y="{0.985 * height:.1f}" font-size="{0.05 * width:.1f}">{index}</text>'
+    return _svg((0, 0, width, height), body, f"slice {index}")
+
+
+def _rings(
+    view: View, lungs: Lungs, index: int, table: Sequence[Mapping[str, Any]]
+) -> dict[int, tuple[float, float, float]]:
+    """By its number the middle (x, y) and radius, mm in the tile of a slice, of each finding that reaches the slice."""
+    _, rows, columns = lungs.box
+    height, width = (rows.stop - rows.start) * view.steps[1], (columns.stop - columns.start) * view.steps[2]
     flips = view.flips or (False, False, False)
+    rings = {}
     for record in table:
         radius = float(record["diameter_mm"]) / 2
         if abs(int(record["index"]) - index) * view.steps[0] > radius and int(record["index"]) != index:
@@ -215,15 +241,37 @@ def _tile(view: View, lungs: Lungs, index: int, table: Sequence[Mapping[str, Any
         y = (int(record["row"]) - rows.start + 0.5) * view.steps[1]
         x = (int(record["col"]) - columns.start + 0.5) * view.steps[2]
         y, x = height - y if flips[1] else y, width - x if flips[2] else x
-        ring = max(1.35 * radius, 0.03 * width)
-        size = 0.062 * width
-        left = x + ring + 0.8 * size > width
-        at = f'x="{x - ring - 1 if left else x + ring + 1:.1f}" y="{y - ring * 0.4:.1f}"'
-        anchor = "end" if left else "start"
-        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{ring:.1f}" class="ring"/>'
-        body += f'<text {at} text-anchor="{anchor}" font-size="{size:.1f}" class="mark">{int(record["number"])}</text>'
-    body += f'<text x="{0.02 * width:.1f}" y="{0.985 * height:.1f}" font-size="{0.05 * width:.1f}">{index}</text>'
-    return _svg((0, 0, width, height), body, f"slice {index}")
+        rings[int(record["number"])] = x, y, max(1.35 * radius, 0.03 * width)
+    return rings
+
+
+def _label_box(
+    ring: tuple[float, float, float], size: tuple[float, float], tile: tuple[float, float], taken: Sequence[_Box]
+) -> _Box | None:
+    """Room for a number beside a ring (x, y, radius): right, left, above or below it; None where others have it.
+
+    Parameters
+    ----------
+    ring : tuple of float
+        Middle, and radius.
+    size, tile : tuple of float
+        Width and height, of the number and of the picture.
+    taken : sequence of tuple of float
+        Boxes (left, top, right, bottom) of the numbers that are there.
+    """
+    (x, y, radius), (width, height) = ring, size
+    away = radius + 1
+    for left, top in (
+        (x + away, y - height / 2),
+        (x - away - width, y - height / 2),
+        (x - width / 2, y - away - height),
+        (x - width / 2, y + away),
+    ):
+        right, bottom = left + width, top + height
+        is_inside = left >= 0 and top >= 0 and right <= tile[0] and bottom <= tile[1]
+        if is_inside and not any(left < r and right > a and top < d and bottom > b for a, b, r, d in taken):
+            return left, top, right, bottom
+    return None
 
 
 def _image(pixels: npt.NDArray[Any], steps: tuple[float, float]) -> str:

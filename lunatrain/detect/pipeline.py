@@ -4,22 +4,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from lunaprep.errors import ScanError
-from lunaprep.lungs import lung_mask
 from lunatrain import __version__
 from lunatrain.dense import channels_of
-from lunatrain.detect.bounding import MARGIN_MM, Bounding, Bounds, load_bounding
-from lunatrain.detect.classifying import Classifier, classify, joint_probability, load_classifier
+from lunatrain.detect.bounding import Bounds
+from lunatrain.detect.classifying import Classifier, classify, joint_probability
 from lunatrain.detect.findings import (
     DIAMETER_NOTE,
     FINDINGS_CSV,
@@ -30,74 +28,18 @@ from lunatrain.detect.findings import (
     write_findings,
 )
 from lunatrain.detect.findings_page import PICTURED_FINDINGS, PICTURED_SCANS, ScanPictures, findings_page
-from lunatrain.detect.grouping import Candidates, GroupingOptions, group
+from lunatrain.detect.grouping import Candidates, group
 from lunatrain.detect.harvest import Harvest, write_harvest
+from lunatrain.detect.loading import DetectOptions, Detector, load_detector
 from lunatrain.detect.pictures import View, finding_pictures, montage
 from lunatrain.detect.reading import Input, Volume, find_inputs, open_input, read_volume
-from lunatrain.detect.segmenting import LUNG_MARGIN_MM, FindLungs, Lungs, find_lungs, segment
+from lunatrain.detect.segmenting import LUNG_MARGIN_MM, Lungs, find_lungs, segment
 from lunatrain.detect.truth import FATES, Truth, hold_against, nodule_fates
 from lunatrain.errors import UsageError
 from lunatrain.marks import read_annotations
-from lunatrain.training import best_of, newest_run, pick_device
 
 REPORT_FILE = "report.html"
-MALIGNANT = "is_malignant"
 PRINTED_FINDINGS = 10
-
-
-@dataclass(frozen=True)
-class DetectOptions:
-    """What the command is asked; None takes the newest run, or does without."""
-
-    scans: tuple[Path, ...]
-    seg: Path | None = None
-    cls: Path | None = None
-    mal: Path | None = None
-    loc: tuple[Path, ...] = ()
-    loc_margin: float = MARGIN_MM
-    out: Path | None = None
-    threshold: float = 0.5
-    seg_threshold: float | None = None
-    max_candidates: int = GroupingOptions.limit
-    annotations: Path | None = None
-    excluded: Path | None = None
-    harvest: Path | None = None
-    candidates: Path | None = None
-    pictures: bool = True
-    device: str = "auto"
-
-
-@dataclass(frozen=True, eq=False)
-class Detector:
-    """The networks and settings that each scan is searched with.
-
-    Attributes
-    ----------
-    segmenter : Module
-        See `lunatrain.detect.segmenting.segment`; on its device, in evaluation mode.
-    classifier : Classifier
-        Nodule or not.
-    malignancy : Classifier or None
-    grouping : GroupingOptions
-        Its threshold is the segmentation's.
-    threshold : float
-        Nodule probability from which on a candidate is a finding.
-    lungs : callable
-        Finds the lungs: `lunaprep.lungs.lung_mask`.
-    bounding : Bounding or None
-        Bounds the search by a box around the lungs.
-    facts : dict of str to str
-        Where the networks come from, for the report.
-    """
-
-    segmenter: nn.Module
-    classifier: Classifier
-    malignancy: Classifier | None = None
-    grouping: GroupingOptions = field(default_factory=GroupingOptions)
-    threshold: float = 0.5
-    lungs: FindLungs = lung_mask
-    bounding: Bounding | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +51,8 @@ class Detection:
     record: Mapping[str, Any]
     out: Path
     harvest: Harvest | None
+    num_left: int = 0
+    """Scans that an interrupt left unsearched."""
 
     def text(self) -> str:
         """Summary for a terminal: a line each finding, the score where there is one, and where to look."""
@@ -167,48 +111,19 @@ def run_detection(options: DetectOptions, show_progress: bool = False) -> Detect
     if options.candidates is not None and options.harvest is None:
         message = "--candidates is the file that --harvest adds to. Give --harvest FILE, or leave it out"
         raise UsageError(message)
+    if options.excluded is not None and options.annotations is None:
+        message = "--excluded needs --annotations: alone it scores nothing. Give both, or leave it out"
+        raise UsageError(message)
     inputs = find_inputs(options.scans)
     tables = [read_annotations(path) if path else None for path in (options.annotations, options.excluded)]
     detector = load_detector(options)
-    searched = search(inputs, detector, tables[0], pictures=options.pictures, show_progress=show_progress)
-    return report(searched, detector, options, tables[0], tables[1])
-
-
-def load_detector(options: DetectOptions) -> Detector:
-    """Load the networks that the options name, or the newest."""
-    from lunatrain.segmentation import load_segmenter
-
-    device = pick_device(options.device)
-    seg = best_of(options.seg or _newest("seg"))
-    segmenter, facts = load_segmenter(seg)
-    classifier = load_classifier(options.cls or _newest("cls"), device)
-    malignancy = load_classifier(options.mal, device) if options.mal else None
-    if malignancy is not None and malignancy.target != MALIGNANT:
-        message = (
-            f"{malignancy.path} has learnt {malignancy.target}, expected {MALIGNANT}. Give a run of 'lunatrain mal'"
-        )
-        raise UsageError(message)
-    if classifier.target == MALIGNANT:
-        message = f"--cls {classifier.path} has learnt {MALIGNANT}, expected is_nodule. Give it as --mal"
-        raise UsageError(message)
-    threshold = options.seg_threshold or float(facts.get("threshold", 0.5))
-    about = {
-        "segmentation": f"{seg}, threshold {threshold:g}",
-        "classification": f"{classifier.path}, threshold {options.threshold:g}",
-        "malignancy": str(malignancy.path) if malignancy else "-",
-    }
-    bounding = load_bounding(options.loc, options.loc_margin, device)
-    if bounding is not None:
-        about["lung box"] = str(bounding)
-    return Detector(
-        segmenter.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        classifier,
-        malignancy,
-        GroupingOptions(threshold=threshold, limit=options.max_candidates),
-        options.threshold,
-        bounding=bounding,
-        facts=about,
-    )
+    done: list[_Searched] = []
+    try:
+        search(inputs, detector, tables[0], pictures=options.pictures, show_progress=show_progress, done=done)
+    except KeyboardInterrupt:
+        if not done:
+            raise
+    return report(done, detector, options, tables[0], tables[1], num_left=len(inputs) - len(done))
 
 
 def search(
@@ -218,9 +133,13 @@ def search(
     *,
     pictures: bool = True,
     show_progress: bool = False,
+    done: list[_Searched] | None = None,
 ) -> list[_Searched]:
-    """Search scans one after the other; one that cannot be searched is a result with its reason."""
-    done: list[_Searched] = []
+    """Search scans one after the other; one that cannot be searched is a result with its reason.
+
+    Results are added to `done` one by one: after an interrupt it has those of the scans before.
+    """
+    done = [] if done is None else done
     seen: dict[str, Path] = {}
     with tqdm(total=0, unit="slice", disable=None if show_progress else True) as bar:
         for number, item in enumerate(inputs):
@@ -228,8 +147,12 @@ def search(
             try:
                 searched = _search_one(item, detector, annotations, seen, pictures and number < PICTURED_SCANS, bar)
             except ScanError as error:
-                uid = _name_of(item)
-                searched = _Searched(ScanResult(uid, item.path.name, str(error)), None, None)
+                searched = _failed(item, str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                text = "the memory was not enough for it; search it where more is free, or cut it to the chest"
+                searched = _failed(item, f"{item.path.name}: {text}")
             done.append(searched)
     return done
 
@@ -240,11 +163,14 @@ def report(
     options: DetectOptions,
     annotations: pd.DataFrame | None = None,
     excluded: pd.DataFrame | None = None,
+    num_left: int = 0,
 ) -> Detection:
-    """Score where there is a truth, and write all files."""
+    """Score where there is a truth, and write all files; `num_left` scans were not searched."""
     out = options.out or Path(f"detect-{time.strftime('%Y-%m-%d_%H.%M.%S')}")
     results = tuple(item.result for item in searched)
     notes = [DIAMETER_NOTE]
+    if num_left:
+        notes.insert(0, f"interrupted: {num_left:,} of {num_left + len(results):,} scans were not searched")
     truth = None
     if annotations is not None and any(result.reason is None for result in results):
         fates = [item.fates for item in searched if item.fates is not None]
@@ -277,7 +203,7 @@ def report(
     harvest = None
     if options.harvest is not None and truth is not None:
         harvest = write_harvest(truth, options.harvest, options.candidates)
-    return Detection(results, truth, record, out, harvest)
+    return Detection(results, truth, record, out, harvest, num_left)
 
 
 def _search_one(
@@ -417,20 +343,22 @@ def _settings_text(detector: Detector) -> dict[str, str]:
     }
 
 
-def _newest(task: str) -> Path:
-    try:
-        return newest_run(task)
-    except UsageError as error:
-        message = f"there is no {task} run under ./runs. Train one with 'lunatrain {task}', or give --{task} RUN"
-        raise UsageError(message) from error
-
-
 def _name_of(item: Input) -> str:
     """A failed scan's series id, as its file's name has it."""
     name = item.name
     for suffix in (".mhd", ".mha", ".nii.gz"):
         name = name.removesuffix(suffix)
     return name
+
+
+def _failed(item: Input, reason: str) -> _Searched:
+    return _Searched(ScanResult(_name_of(item), item.path.name, reason), None, None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory gave out: numpy has an exception for it; torch has one on a GPU, on a CPU only a text."""
+    is_torchs = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_torchs
 
 
 @contextmanager

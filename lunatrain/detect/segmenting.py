@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from lunaprep.errors import ScanError
-from lunatrain.dense import channels_of, read_slabs
+from lunatrain.dense import channels_of, read_slabs, window_of
 from lunatrain.detect.grouping import Triple, near
-from lunatrain.detect.reading import AnyScan
+from lunatrain.detect.reading import HU_RANGE, AnyScan
+from lunatrain.errors import UsageError
 
 BATCH_PIXELS = 1 << 18
 """Pixels a network sees in one go: 18 MB a 16-channel layer."""
@@ -121,7 +122,8 @@ def segment(
     model : Module
         Takes HU, (n, `in_channels`, rows, columns) float32, the slices around each one asked about; gives logits,
         (n, 1, rows, columns). `reach` is how many pixels away it looks, `multiple` the grid it pools on: so many
-        pixels around the lungs are shown to it, and the result is that of whole slices. On any device.
+        pixels around the lungs are shown to it, and the result is that of whole slices. `hu_window`, if it has one, is
+        what HU are clipped to. On any device.
     hu : ndarray, (slices, rows, columns)
         The whole scan. Beyond its ends the last slice is repeated, as in the book.
     lungs : Lungs
@@ -131,7 +133,13 @@ def segment(
     Returns
     -------
     ndarray, float16, as large as the box
+
+    Raises
+    ------
+    UsageError
+        The model has learnt HU that the detector does not keep.
     """
+    check_window(model)
     model.eval()
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     probability = np.zeros(lungs.near.shape, dtype=np.float16)
@@ -140,7 +148,7 @@ def segment(
     for at, (rows, columns) in _batches(lungs, hu.shape, grid):
         start = lungs.start_irc
         slices = np.arange(at.start, at.stop) + start[0]
-        batch = read_slabs(hu, slices, channels_of(model), rows, columns).to(device)
+        batch = read_slabs(hu, slices, channels_of(model), rows, columns, window_of(model)).to(device)
         logits = model(batch)[:, 0]
         values = torch.sigmoid(logits.float()).to(torch.float16).cpu().numpy()
         r, c = _overlap(rows, start[1], lungs.near.shape[1]), _overlap(columns, start[2], lungs.near.shape[2])
@@ -154,6 +162,23 @@ def segment(
     if progress and len(probability) > done:
         progress(len(probability) - done)
     return probability
+
+
+def check_window(model: nn.Module, name: str = "the segmentation") -> None:
+    """Refuse a network that has learnt HU which the detector does not keep.
+
+    Raises
+    ------
+    UsageError
+        It has.
+    """
+    (low, high), (lowest, highest) = window_of(model), HU_RANGE
+    if low < lowest or high > highest:
+        message = (
+            f"{name} was trained on HU {low:g} to {high:g}, the detector keeps {lowest} to {highest} only. "
+            f"Train it on a store built with --hu {lowest} {highest}, or a narrower window"
+        )
+        raise UsageError(message)
 
 
 def _bounds(mask: npt.NDArray[Any], margin_mm: float, steps: Triple) -> tuple[list[int], list[int]]:

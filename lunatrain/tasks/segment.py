@@ -12,7 +12,7 @@ from torch import nn
 
 from lunatrain.augment import Augmentation
 from lunatrain.augment_slabs import augment_slabs
-from lunatrain.log import RunLog, read_metrics
+from lunatrain.log import RunLog, progress_bar, read_metrics
 from lunatrain.overlays import grey, overlay, tile
 from lunatrain.segmentation_plots import COLUMNS, curves_png, predictions_png
 from lunatrain.slabs import SlabBatch, TrueSlice, ValSlices
@@ -42,12 +42,15 @@ class Segment:
         See `lunatrain.losses`.
     val : ValSlices
         What a model is judged on.
+    show_progress : bool
+        Whether to draw a bar while it is.
     """
 
     augmentation: Augmentation
     side: int
     loss: Loss
     val: ValSlices
+    show_progress: bool = False
 
     score_name = "mean_recall"
     """What the best checkpoint is chosen by. The book takes recall alone, which marking everything makes 1."""
@@ -82,14 +85,17 @@ class Segment:
         model.eval()
         scores, pictures = VoxelScores(self.val.num_nodules), _Pictures()
         losses: list[float] = []
-        for slabs, truths in self.val.batches():
-            with amp():
-                logits = model(slabs.to(device).contiguous(memory_format=torch.channels_last))
-            masks = torch.from_numpy(np.stack([_mask(truth, slabs.shape[2:]) for truth in truths])).to(device)
-            losses += [float(self.loss(logits[k : k + 1], masks[k : k + 1])) for k in range(len(truths))]
-            for slab, truth, found in zip(slabs, truths, logits[:, 0].float().cpu().numpy(), strict=True):
-                scores.add(found, truth.places, truth.nodules, truth.searched(found.shape))
-                pictures.offer(slab[len(slab) // 2].numpy(), truth, found)
+        with progress_bar(len(self.val), "validation", "slice", show=self.show_progress) as bar:
+            for slabs, truths in self.val.batches():
+                with amp():
+                    logits = model(slabs.to(device).contiguous(memory_format=torch.channels_last))
+                masks = torch.from_numpy(np.stack([_mask(truth, slabs.shape[2:]) for truth in truths])).to(device)
+                losses += [float(self.loss(logits[k : k + 1], masks[k : k + 1])) for k in range(len(truths))]
+                middle = slabs[:, slabs.shape[1] // 2].cpu().numpy()
+                for hu, truth, found in zip(middle, truths, logits[:, 0].float().cpu().numpy(), strict=True):
+                    scores.add(found, truth.places, truth.nodules, truth.searched(found.shape))
+                    pictures.offer(hu, truth, found)
+                bar.update(len(truths))
         figures = {"loss": float(np.mean(losses)) if losses else float("nan"), **scores.figures()}
         return Validation(figures, partial(pictures.draw, figures["threshold"]))
 

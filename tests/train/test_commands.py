@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lunatrain import evaluation
+from lunatrain.checkpoint import load_checkpoint, save_checkpoint
 from lunatrain.cli import cli
+from lunatrain.training import store_of
 
 from ..conftest import typed
 
@@ -31,7 +34,16 @@ def call(folder, *args):
 def test_eval_with_no_option_reports_on_the_newest_run(trained):
     done = call(trained, "eval")
     assert done.returncode == 0, done.stderr
-    for word in ("AUC", "precision", "recall", "F1", "CPM", "report.html", "upper bound"):
+    for word in (
+        "AUC",
+        "precision",
+        "recall",
+        "F1",
+        "CPM",
+        "report.html",
+        "note: FROC and CPM are an upper bound",
+        "found at 0.5",
+    ):
         assert word in done.stdout
     out = next(trained.glob("runs/*-cls")) / "eval-series-val"
     page = (out / "report.html").read_text()
@@ -58,6 +70,40 @@ def test_eval_takes_the_annotations_for_the_challenges_score_and_froc_takes_its_
     done = call(trained, "froc", tmp_path / "all/predictions.csv", *tables, *names, "--bootstrap", "0", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cpm"] == pytest.approx(figures["cpm"], abs=1e-9)
+
+
+def test_eval_of_another_split_says_what_may_have_been_learnt_and_gives_no_froc_of_single_candidates(trained, tmp_path):
+    done = call(trained, "eval", "--split", "candidate", "--out", tmp_path / "c", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert any("trained on split series" in note for note in figures["notes"])
+    assert any("no FROC and no CPM" in note for note in figures["notes"])
+    assert figures["cpm"] is None
+    figures = json.loads(call(trained, "eval", "--out", tmp_path / "s", "--json").stdout)
+    assert not any("trained on split" in note for note in figures["notes"])
+
+
+def test_the_report_names_the_epoch_of_the_checkpoint_it_judges(trained, tmp_path):
+    run = next(trained.glob("runs/*-cls"))
+    state = load_checkpoint(run / "best.pt").state
+    state["progress"] |= {"epoch": 4, "step": 5, "best_epoch": 0}
+    save_checkpoint(tmp_path / "last.pt", state)
+    for path, epoch in ((run / "best.pt", "1"), (tmp_path / "last.pt", "4 and 5 steps")):
+        done = call(trained, "eval", "--checkpoint", path, "--store", store_of(run), "--out", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        assert f"<td>epoch</td><td>{epoch}</td>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_eval_shows_how_far_it_is(trained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "tqdm", lambda batches, **given: seen.append(given) or batches)
+    assert call(trained, "eval", "--out", tmp_path / "out").returncode == 0
+    assert [(given["total"], given["disable"]) for given in seen] == [(1, None)]
+
+
+def test_excluded_findings_without_annotations_are_refused(trained, phantom_root):
+    done = call(trained, "eval", "--excluded", phantom_root / "annotations_excluded.csv")
+    assert (done.returncode, "--excluded needs --annotations" in done.stderr) == (2, True)
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained):
@@ -104,7 +150,7 @@ def test_help_imports_no_torch():
     assert done.stderr.strip() == "[]"
 
 
-def test_mal_goes_on_from_the_newest_classifier_and_eval_judges_it(small_store, tmp_path):
+def test_mal_goes_on_from_the_newest_classifier_and_eval_judges_it(small_store, phantom_root, tmp_path):
     few = ["--store", small_store, "--split", "candidate", "--epochs", "1", "--samples", "16", "--batch-size", "8"]
     missing = call(tmp_path, "mal", *few)
     assert missing.returncode == 2
@@ -117,3 +163,7 @@ def test_mal_goes_on_from_the_newest_classifier_and_eval_judges_it(small_store, 
     done = call(tmp_path, "eval", "--json")
     assert done.returncode == 0, done.stderr
     assert "diameter_auc" in json.loads(done.stdout)
+    table = phantom_root / "annotations.csv"
+    for option in (["--annotations", table], ["--excluded", table], ["--bootstrap", "9"]):
+        done = call(tmp_path, "eval", *option)
+        assert (done.returncode, "there is none of malignancy. Leave it out" in done.stderr) == (2, True)

@@ -38,7 +38,7 @@ POINTS = (2, 3, 1, 4, STEPS)
 """Steps to stop after: amid an epoch, its last, the first, the next one's first, the very last."""
 TASKS: dict[str, tuple[Any, Any]] = {
     "mal": (training, replace(MALIGNANCY, model="luna", epochs=2, samples=24, batch_size=8, save_steps=2)),
-    "seg": (segmentation, SegConfig(epochs=2, samples=24, batch_size=8, side=32, seed=3, val_slices=4, save_steps=2)),
+    "seg": (segmentation, SegConfig(epochs=2, samples=24, batch_size=8, side=32, seed=3, val_slices=12, save_steps=2)),
 }
 
 

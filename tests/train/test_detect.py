@@ -27,8 +27,8 @@ from lunatrain.detect.findings import ScanResult, candidate_table, patient_score
 from lunatrain.detect.findings_page import findings_page
 from lunatrain.detect.grouping import GroupingOptions, group
 from lunatrain.detect.harvest import write_harvest
-from lunatrain.detect.pictures import View, grey_of, outline, png
-from lunatrain.detect.pipeline import DetectOptions, Detector
+from lunatrain.detect.loading import DetectOptions, Detector, load_detector
+from lunatrain.detect.pictures import View, grey_of, montage, outline, png
 from lunatrain.detect.reading import find_inputs, open_input, read_volume
 from lunatrain.detect.segmenting import Lungs, segment
 from lunatrain.detect.truth import nodule_fates
@@ -109,7 +109,16 @@ def test_the_page_needs_nothing_else_and_names_what_is_there(found):
     page = page_of(found)
     assert not re.search(r"https?:|@import|url\(|<link|<iframe|<script src", page)
     assert set(re.findall(r'(?:src|href|srcset)="([^"#][^"]*)"', page)) == {"data:PICTURE"}
-    for word in ("Annotated nodules", "FROC", "Montage", "axial plane", "sagittal plane", "Patient score", "segment "):
+    for word in (
+        "Annotated nodules",
+        "FROC",
+        "Montage",
+        "axial plane",
+        "sagittal plane",
+        "Patient score",
+        "segment ",
+        "nodule, again",
+    ):
         assert word in page
     for result in found.results:
         assert result.series_uid in page
@@ -365,6 +374,28 @@ def test_png_and_outline(tmp_path):
     assert outline(mask & False, (1, 1), (0, 0)) == ""
 
 
+def test_numbers_in_a_montage_cover_neither_each_other_nor_a_finding():
+    hu = np.full((3, 100, 100), -800, dtype=np.int16)
+    lungs = Lungs((0, 0, 0), np.ones(hu.shape, dtype=bool), 1000.0, ())
+    random = np.random.default_rng(0)
+    table = [
+        {"number": k + 1, "index": 1, "row": row, "col": col, "diameter_mm": 5.0}
+        for k, (row, col) in enumerate(random.integers(2, 98, (50, 2)).tolist())
+    ]
+    (tile,) = [tile for tile in montage(View(hu, (1.0,) * 3, None), lungs, table) if 'aria-label="slice 1"' in tile]
+    assert tile.count("<circle") == 50
+    numbers = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" font-size="([\d.]+)" class="mark">(\d+)', tile)
+    assert 5 < len(numbers) < 50
+    boxes = [
+        (float(x), float(y) - 0.7 * float(s), float(x) + 0.6 * float(s) * len(n), float(y)) for x, y, s, n in numbers
+    ]
+    assert all(min(box) >= 0 and max(box) <= 100 for box in boxes)
+    middles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', tile)]
+    for k, (a, b, c, d) in enumerate(boxes):
+        assert not any(a < right and c > left and b < low and d > top for left, top, right, low in boxes[:k])
+        assert not any(a < x < c and b < y < d for x, y in middles)
+
+
 def test_a_flipped_scan_is_shown_as_the_same_patient():
     hu = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
     usual = View.of(hu, Geometry((0, 0, 0), (1, 1, 1), (1, 0, 0, 0, 1, 0, 0, 0, 1), hu.shape))
@@ -402,12 +433,58 @@ def test_exit_codes_say_how_many_scans_failed(by_hand, phantom_root, tmp_path):
     assert "report.html" in done.stdout
 
 
+def fails_at(number, error):
+    """A search whose scan of that number raises an error."""
+    search, calls = pipeline._search_one, []
+
+    def one(*given):
+        calls.append(given)
+        if len(calls) == number:
+            raise error
+        return search(*given)
+
+    return one
+
+
+def test_an_interrupt_leaves_the_report_of_the_scans_before(by_hand, phantom_root, tmp_path, monkeypatch):
+    scans = sorted(phantom_root.rglob("*.mhd"))[:4]
+    monkeypatch.setattr(pipeline, "_search_one", fails_at(3, KeyboardInterrupt()))
+    done = call(*scans, "--no-pictures", "--annotations", phantom_root / "annotations.csv", "--out", tmp_path / "a")
+    assert done.exit_code == 130
+    assert done.stderr == "lunatrain: interrupted: 2 of 4 scans were not searched; the report is of the others\n"
+    record = json.loads((tmp_path / "a/findings.json").read_text())
+    assert [scan["series_uid"] for scan in record["scans"]] == [path.stem for path in scans[:2]]
+    assert record["truth"]["num_scans"] == 2
+    assert "interrupted: 2 of 4 scans were not searched" in record["notes"]
+    monkeypatch.setattr(pipeline, "_search_one", fails_at(1, KeyboardInterrupt()))
+    done = call(*scans, "--out", tmp_path / "b")
+    assert (done.exit_code, len(done.stderr.splitlines()), (tmp_path / "b").exists()) == (130, 1, False)
+
+
+@pytest.mark.parametrize("allocate", [lambda: np.empty(1 << 60, np.int8), lambda: torch.empty(1 << 60)])
+def test_a_scan_too_large_for_the_memory_costs_itself_alone(by_hand, phantom_root, tmp_path, monkeypatch, allocate):
+    scans = sorted(phantom_root.rglob("*.mhd"))[:2]
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    monkeypatch.setattr(pipeline, "_search_one", fails_at(1, caught.value))
+    done = call(*scans, "--no-pictures", "--out", tmp_path / "a")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (3, 1)
+    assert f"{scans[0].name}: the memory was not enough" in done.stderr
+    assert json.loads((tmp_path / "a/findings.json").read_text())["num_failed"] == 1
+
+
+def test_a_bug_in_one_scan_is_not_hidden(by_hand, phantom_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_search_one", fails_at(1, RuntimeError("shapes differ")))
+    assert isinstance(call(sorted(phantom_root.rglob("*.mhd"))[0], "--out", tmp_path / "a").exception, RuntimeError)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere.mhd"], "no such file or folder"),
         (["."], "no scan"),
         (["x.mhd", "--harvest", "h.csv"], "--harvest needs --annotations"),
+        (["x.mhd", "--excluded", __file__], "--excluded needs --annotations"),
     ],
 )
 def test_wrong_usage_is_said_in_a_line(tmp_path, monkeypatch, arguments, words):
@@ -444,7 +521,7 @@ def test_a_wrong_kind_of_network_is_refused(phantom_root, tmp_path):
     torch.save({"model_state": UNet().state_dict()}, tmp_path / "seg.state")
     options = DetectOptions((Path("x"),), seg=tmp_path / "seg.state", cls=tmp_path / "seg.state")
     with pytest.raises(UsageError):
-        pipeline.load_detector(options)
+        load_detector(options)
 
 
 @pytest.mark.shared_data

@@ -15,12 +15,14 @@ from lunatrain.evaluate import (
     FROM_CANDIDATES,
     UPPER_BOUND,
     evaluate,
+    learnt_notes,
     percent,
     predictions_csv,
     worst_rows,
 )
 from lunatrain.froc import evaluate_froc
 from lunatrain.marks import read_annotations, read_marks, read_series_uids
+from lunatrain.report import write_report
 
 COLUMNS = ["series_uid", "x_mm", "is_nodule", "annotation_id", "diameter_mm", "probability"]
 
@@ -234,6 +236,43 @@ def test_text_fits_a_terminal_with_the_counts_of_luna16() -> None:
     assert max(map(len, text.splitlines())) <= 90, text
     assert "754,975 crops of 888 series: 1,557 nodule, 753,418 other" in text
     assert "Calling every crop 'other' is 99.8 % correct and finds 0 of 1,557 nodule crops" in text
+
+
+def test_text_says_what_a_reader_must_know() -> None:
+    rows, probability = manifest(SMALL)
+    text = evaluate(rows, probability, series_uids=["s1", "s2"], notes=["a note of the caller's"]).text()
+    assert "\nnote: a note of the caller's\nnote: FROC and CPM are an upper bound" in text
+    assert "marks on them count as false positives" in text.replace("\n      ", " ")
+    assert max(map(len, text.splitlines())) <= 90
+    assert "found at 0.5" in text  # by diameter: not the nodules that FROC finds at any threshold
+
+
+def test_crops_that_are_not_all_of_their_scans_have_no_froc(tmp_path: Path) -> None:
+    rows, probability = manifest(SMALL)
+    result = evaluate(rows, probability, with_froc=False)
+    assert (result.froc, result.froc_from, result.notes) == (None, None, ())
+    assert result.to_json()["cpm"] is None
+    assert "CPM" not in result.text()
+    page = write_report(result, tmp_path, title="t", facts={}).read_text(encoding="utf-8")
+    assert "CPM" not in page
+    assert "Diameter alone" not in page
+
+
+@pytest.mark.parametrize(
+    ("trained", "split", "part", "is_said"),
+    [
+        ("series", "series", "val", False),
+        ("fold:1", "fold:1", "val", False),
+        ("series", "candidate", "val", True),
+        ("series", "all", "val", True),
+        ("series", "series", "all", True),
+        ("all", "all", "val", True),
+    ],
+)
+def test_crops_that_may_have_been_learnt_are_told(trained: str, split: str, part: str, is_said: bool) -> None:
+    notes = learnt_notes(trained, split, part)
+    assert bool(notes) == is_said
+    assert all(f"trained on split {trained}:" in note for note in notes)
 
 
 def test_predictions_are_a_submission(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from lunaprep.store.reader import open_store
 from lunatrain.augment_boxes import DEFAULTS, BoxAugmentation, augment_boxes, move
-from lunatrain.box_slices import chosen_slices, picture_of, read_store_slices
+from lunatrain.box_slices import _with_split, chosen_slices, picture_of, read_store_slices
 from lunatrain.boxes import around, corners_of, iou, iou_figures, outline_of
 from lunatrain.checkpoint import load_checkpoint, save_checkpoint
 from lunatrain.config import config_from_json
@@ -211,6 +213,15 @@ def test_boxes_of_a_store_are_those_of_its_masks(loc_store):
     assert slices.num_without == sum(per_scan) - len(slices)
     held_out = set(store.manifest.query("split_series == 'val'")["series_uid"])
     assert set(slices.table.query("split_series == 'val'")["series_uid"]) == held_out
+
+
+def test_a_scan_without_candidates_has_the_part_of_its_patient():
+    scans = pd.DataFrame({"series_uid": list("abcde"), "patient_id": ["p", "p", None, "q", None], "subset": range(5)})
+    known = pd.DataFrame({"series_uid": list("aec"), "split_series": ["val", "val", "train"], "fold": [0, 4, 2]})
+    store = SimpleNamespace(scans=scans, columns=lambda *names: known)
+    table = _with_split(pd.DataFrame({"series_uid": list("abcde")}), store)
+    assert table["split_series"].tolist() == ["val", "val", "train", "train", "val"]
+    assert table["fold"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_store_without_volumes_is_named(small_store):

@@ -20,7 +20,7 @@ from lunatrain.cli import cli
 from lunatrain.detect import pipeline
 from lunatrain.detect.bounding import Bounding, load_bounding, union_of
 from lunatrain.detect.grouping import GroupingOptions
-from lunatrain.detect.pipeline import DetectOptions, Detector
+from lunatrain.detect.loading import DetectOptions, Detector
 from lunatrain.detect.reading import find_inputs
 from lunatrain.detect.segmenting import Lungs
 from lunatrain.errors import TableError, UsageError
@@ -177,10 +177,13 @@ def test_eval_tells_each_run_and_their_mean(loc_store, tmp_path):
         assert item["iou"] == pytest.approx(iou(np.tile(box, (len(true), 1)), true).mean(), abs=1e-4)
     assert figures["num_slices"] == len(true)
     assert any("other data" in note for note in figures["notes"])
+    assert not any("trained on split" in note for note in figures["notes"])
     assert (tmp_path / "a" / "eval-series-val" / "boxes.png").read_bytes().startswith(b"\x89PNG")
     text = invoke("eval", *runs, "--store", loc_store).stdout
     for words in ("their mean", "mean training box", "5th percentile", "boxes.png"):
         assert words in text
+    figures = json.loads(invoke("eval", *runs, "--store", loc_store, "--split", "all", "--json").stdout)
+    assert any("trained on split series: crops judged here" in note for note in figures["notes"])
 
 
 def test_runs_that_do_not_go_together_are_named(loc_store, tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import lunaprep
 from lunatrain import plots
 from lunatrain.evaluate import Evaluation, evaluate
+from lunatrain.froc import evaluate_froc
 from lunatrain.metrics import calibration_table, precision_recall_curve, rank_scores, roc_curve
 from lunatrain.report import report_html, worst_pictures, write_report
 
@@ -147,6 +149,42 @@ def test_malignancy_has_the_diameter_beside_it(built_store: Path) -> None:
     assert '<div class="name">Diameter alone</div><div class="value">1.000</div>' in page
     assert "FROC" not in page
     assert "Crops of class &#x27;benign&#x27; with the highest probability" in page
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn."""
+    seen: list[Any] = []
+    save = plots.png_of
+    monkeypatch.setattr(plots, "png_of", lambda figure: seen.append(figure) or save(figure))
+    return seen
+
+
+@pytest.mark.parametrize("share_found", [0.0, 0.1, 0.3, 0.6, 0.9, 1.0])
+def test_the_legend_of_a_froc_curve_covers_none_of_it(figures: list[Any], share_found: float) -> None:
+    scans = [f"s{k}" for k in range(10)]
+    nodules = pd.DataFrame({"series_uid": scans, "x_mm": 0.0, "y_mm": 0.0, "z_mm": 0.0, "diameter_mm": 9.0})
+    sure = nodules.head(round(10 * share_found)).assign(probability=0.9)
+    false = pd.DataFrame({"series_uid": scans * 9, "x_mm": np.arange(90) + 50.0, "y_mm": 0.0, "z_mm": 0.0})
+    marks = pd.concat([sure, false.assign(probability=np.linspace(0.1, 0.8, 90))], ignore_index=True)
+    plots.froc_png(evaluate_froc(marks, nodules, None, scans))
+    (axes,) = figures[0].axes
+    x, y = axes.lines[0].get_data()
+    pixels = axes.transData.transform(np.stack([x, y], axis=1))
+    box = axes.get_legend().get_window_extent()
+    assert not any(box.contains(*pixel) for pixel in pixels)
+
+
+def test_curves_of_one_epoch_have_axes_from_0_to_1(figures: list[Any]) -> None:
+    first = {"part": "val", "epoch": 0, "samples": 48, "log_loss": 2.0, "auc": 0.5, "f1": 0.24}
+    plots.training_png([first])
+    loss, *scores = figures[0].axes
+    assert all(axes.get_ylim() == (-0.02, 1.02) for axes in scores)
+    assert loss.get_ylim()[0] < 2.0 < loss.get_ylim()[1]
+    plots.training_png([first, first | {"epoch": 1, "samples": 96, "auc": 0.52, "f1": 1.0}])
+    _, auc, f1 = figures[1].axes
+    assert auc.get_ylim()[1] - auc.get_ylim()[0] < 0.1
+    assert f1.get_ylim()[1] == 1.02
 
 
 def test_pictures_are_png_of_both_themes_whatever_is_drawn() -> None:

@@ -184,41 +184,36 @@ def samplers(seed: int, count: int) -> list[Sampler]:
     return [InOrder(rows), *shuffled, balanced(rows, rows + count, seed, 77, 2)]
 
 
-@given(SEEDS, EPOCHS, COUNTS, st.integers(1, 20), st.booleans(), st.data())
-def test_resumed_goes_on_as_it_would_have(
-    seed: int, epoch: int, count: int, size: int, drop: bool, data: st.DataObject
-):
+@given(SEEDS, EPOCHS, COUNTS, st.integers(1, 20), st.data())
+def test_resumed_goes_on_as_it_would_have(seed: int, epoch: int, count: int, size: int, data: st.DataObject):
     for number in range(len(samplers(seed, count))):
-        plan = EpochPlan(samplers(seed, count)[number], size, drop_last=drop)
+        plan = EpochPlan(samplers(seed, count)[number], size)
         through = [rows.tolist() for rows in plan.batches(epoch)]
         assert len(through) == len(plan)
         step = data.draw(st.integers(0, len(plan)))
-        again = EpochPlan(samplers(seed, count)[number], size, drop_last=drop)
+        again = EpochPlan(samplers(seed, count)[number], size)
         assert [rows.tolist() for rows in again.batches(epoch, step)] == through[step:]
 
 
-@given(SEEDS, EPOCHS, COUNTS, st.integers(1, 4), st.integers(1, 5), st.booleans())
-def test_all_ranks_together_are_one_process(seed: int, epoch: int, count: int, world: int, each: int, drop: bool):
+@given(SEEDS, EPOCHS, COUNTS, st.integers(1, 4), st.integers(1, 5))
+def test_all_ranks_together_are_one_process(seed: int, epoch: int, count: int, world: int, each: int):
     for sampler in samplers(seed, count):
-        alone = list(EpochPlan(sampler, world * each, drop_last=drop).batches(epoch))
-        if drop and len(sampler) < world:
-            with pytest.raises(UsageError, match="has none for some"):
-                EpochPlan(sampler, world * each, 0, world, drop)
-            continue
-        plans = [EpochPlan(sampler, world * each, rank, world, drop) for rank in range(world)]
+        alone = list(EpochPlan(sampler, world * each).batches(epoch))
+        plans = [EpochPlan(sampler, world * each, rank, world) for rank in range(world)]
         assert {plan.rank_batch_size for plan in plans} == {each}
+        assert {len(plan) for plan in plans} == {len(alone)}  # a run may go on with another number of processes
         for batch, parts in zip(alone, zip(*(plan.batches(epoch) for plan in plans), strict=True), strict=True):
-            kept = len(batch) // world * world if drop else len(batch)  # equal shares, or gradients are not the batch's
-            assert sorted(np.concatenate(parts)) == sorted(batch[:kept])
-            assert max(map(len, parts)) - min(map(len, parts)) <= (0 if drop else 1)
+            assert len(set(map(len, parts))) == 1  # equal shares, or gradients are not the batch's
+            together = sorted(np.concatenate(parts))
+            more = np.resize(sampler.order(epoch), -len(batch) % world)
+            assert together == sorted([*batch, *(more if batch is alone[-1] else [])])
 
 
-@pytest.mark.parametrize(
-    ("count", "drop", "expected"), [(10, False, [4, 4, 2]), (10, True, [4, 4]), (3, True, [3]), (8, True, [4, 4])]
-)
-def test_drop_last_keeps_an_only_batch(count: int, drop: bool, expected: list[int]):
-    plan = EpochPlan(InOrder(np.arange(count)), 4, drop_last=drop)
-    assert [len(rows) for rows in plan.batches(0)] == expected
+def test_a_short_last_batch_is_kept():
+    plan = EpochPlan(InOrder(np.arange(10)), 4)
+    assert [rows.tolist() for rows in plan.batches(0)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    plans = [EpochPlan(InOrder(np.arange(9)), 4, rank, 2) for rank in (0, 1)]
+    assert [list(plan.batches(0))[-1].tolist() for plan in plans] == [[8], [0]]  # filled up from the beginning
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_two_processes_train_as_one(subtype_store, tmp_path):
 def test_a_nodule_classifier_gives_all_but_its_last_layer(subtype_store, tmp_path):
     binary = replace(QUICK, target="is_nodule", epochs=1)
     fit(TrainOptions(subtype_store, tmp_path / "n"), binary)
-    nodules = load_checkpoint(tmp_path / "n" / LAST).state["model"]
+    nodules = load_checkpoint(tmp_path / "n" / LAST).weights
     start = open_training(
         TrainOptions(subtype_store, tmp_path / "r", init=tmp_path / "n" / LAST), replace(QUICK, finetune=2)
     )
@@ -195,7 +195,7 @@ def test_a_nodule_classifier_gives_all_but_its_last_layer(subtype_store, tmp_pat
     assert own["head_linear.weight"].shape[0] == 3
     assert all(torch.equal(own[name], nodules[name]) for name in own if not name.startswith("head_linear"))
     fit(TrainOptions(subtype_store, tmp_path / "s"), replace(QUICK, epochs=1))
-    subtypes = load_checkpoint(tmp_path / "s" / LAST).state["model"]
+    subtypes = load_checkpoint(tmp_path / "s" / LAST).weights
     again = open_training(TrainOptions(subtype_store, tmp_path / "q", init=tmp_path / "s" / LAST), QUICK)
     assert torch.equal(again.model.state_dict()["head_linear.weight"], subtypes["head_linear.weight"])
     back = open_training(TrainOptions(subtype_store, tmp_path / "b", init=tmp_path / "s" / LAST), binary)
