@@ -66,7 +66,7 @@ def test_detecting(call: Any, tmp_path: Path) -> None:
 
 def test_loading(tmp_path: Path) -> None:
     """Started, not called: the peer's loader forks workers, which a process of tests is not for."""
-    small = ["--scans", 1, "--batch-size", 8, "--size", 32, 48, 48, "--candidates", 30, "--seconds", 0.01]
+    small = ["--scans", 1, "--batch-size", 8, "--size", 32, 48, 48, "--candidates", 200, "--seconds", 0.01]
     given = ["--folder", tmp_path, *ONCE, *small, "--only", "npy", "--json", tmp_path / "figures"]
     command = [sys.executable, str(FOLDER / "loading.py"), *map(str, given)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path, check=False)
