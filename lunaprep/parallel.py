@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import resource_tracker
 from typing import Any, Literal, TypeVar
 
 import joblib
@@ -176,6 +177,7 @@ def _starting_processes() -> Iterator[None]:
 
     It is this one's to answer, as soon as they have been started.
     """
+    resource_tracker.ensure_running()  # starting amid the workers, it would let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -27,13 +27,16 @@ def test_killed_at_any_system_call(case: Case, driver: Driver, tmp_path: Path, f
     assert files_of(out) == files_of(case.new)
     calls = points(log)
     assert len(calls) > 100
+    codes = []
     for _, name, nth in spread(calls, figure(2, len(calls))):
         case.begin(out)
         done, _ = driver.traced(
             case.command(out), ["-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={nth}"]
         )
-        assert done.code == -signal.SIGKILL, (name, nth, done)
+        assert done.code in (-signal.SIGKILL, 0), (name, nth, done)  # 0: of some calls there are not always as many
         case.check(out, (name, nth))
+        codes.append(done.code)
+    assert codes.count(0) < len(codes) / 20 + 1
 
 
 @pytest.mark.soak  # quick: test_workers_of_a_killed_build_end_by_themselves

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +183,18 @@ def test_ctrl_c_and_sigterm_end_a_build_soon_and_it_goes_on(
         codes.append(done.code)
         case.check(out, number)
     assert 130 in codes
+
+
+def test_workers_never_see_ctrl_c() -> None:
+    """In a process of its own, where nothing of multiprocessing has been started yet."""
+    code = (
+        "import signal; from lunaprep.parallel import spread\n"
+        "def is_blocked(items=(0,)):\n"
+        "    return [signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []) for _ in items]\n"
+        "print(set(spread(is_blocked, range(600), 3, what='', progress=False)), is_blocked())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.strip() == "{True} [False]", done
 
 
 def test_workers_of_a_killed_build_end_by_themselves(case: Case, driver: Driver, tmp_path: Path) -> None:
