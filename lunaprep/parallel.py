@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -120,9 +120,7 @@ def _parts(
     if workers > 1:
         pool = joblib.Parallel(workers, backend="loky", return_as="generator", batch_size=1, max_nbytes=None)
         with suppress(TerminatedWorkerError):  # no memory for so many, perhaps: the rest is done here
-            with _starting_processes():
-                parts = pool(joblib.delayed(_work_below)(work, chunk, os.getpid()) for chunk in chunks)
-            for part in parts:
+            for part in _results(pool, (joblib.delayed(_work_below)(work, chunk, os.getpid()) for chunk in chunks)):
                 count += 1
                 yield part
     yield from map(work, chunks[count:])
@@ -166,23 +164,25 @@ def _parallel(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[str, R
     # max_nbytes: joblib would hand large arrays over as read-only memory maps in temporary files
     # batch_size: it would give several quick shards to one worker while another has none
     pool = joblib.Parallel(workers, backend="loky", return_as="generator_unordered", batch_size=1, max_nbytes=None)
-    with _starting_processes():
-        results = pool(joblib.delayed(_run_below)(task, os.getpid()) for task in tasks)
-    yield from results
+    yield from _results(pool, (joblib.delayed(_run_below)(task, os.getpid()) for task in tasks))
 
 
-@contextmanager
-def _starting_processes() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C, which comes to all: amid their imports they would trace it.
+def _results(pool: joblib.Parallel, calls: Iterable[Any]) -> Iterator[Any]:
+    """What the calls give, by processes that never see Ctrl-C, which comes to all: amid their imports they'd trace it.
 
-    It is this one's to answer, as soon as they have been started.
+    It is this one's to answer, as soon as they have been started; whatever ends this early ends them.
     """
     resource_tracker.ensure_running()  # starting amid the workers, it would let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    results = None
     try:
-        yield
+        results = pool(calls)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # an interrupt that came meanwhile is raised here
+        yield from results
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if results is not None:
+            results.close()
 
 
 def _run_below(task: ShardTask, parent: int) -> tuple[str, Receipt]:
