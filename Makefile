@@ -25,7 +25,7 @@ demo: .venv/installed-train  ## A synthetic LUNA16 from scans to findings, in de
 test: .venv/installed-dev  ## All tests, against the installed package
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --numprocesses auto --maxprocesses 8
 
-soak: .venv/installed-dev  ## The long figures of docs/reliability.md: faults, bit flips, rounds (two hours)
+soak: .venv/installed-dev  ## The long figures of docs/reliability.md: faults, bit flips, rounds (an hour and a half)
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/pytest --soak --timeout 7200 -o faulthandler_timeout=0 --durations 0
 
 lint: .venv/installed-dev  ## ruff and mypy (strict)

@@ -8,7 +8,7 @@ import click
 from lunaprep.cli_options import UserPath, json_option, table_path
 from lunatrain.cli_train import device_option, print_json
 
-EXIT_PARTLY, EXIT_INTERRUPTED = 3, 130
+EXIT_PARTLY = 3
 
 _run = UserPath(exists=True)
 
@@ -74,8 +74,8 @@ def detect(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     try:
         done = run_detection(DetectOptions(scans, **options), show_progress=True)
     except KeyboardInterrupt:
-        click.echo("lunatrain: interrupted before a report was written", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        message = "interrupted before a report was written"
+        raise KeyboardInterrupt(message) from None
     for line in done.failed:
         click.echo(f"lunatrain: {line}", err=True)
     if as_json:
@@ -85,7 +85,7 @@ def detect(scans: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     if done.num_left:
         number = len(done.results)
         text = f"interrupted: {done.num_left:,} of {number + done.num_left:,} scans were not searched"
-        click.echo(f"lunatrain: {text}; the report is of the others", err=True)
-        raise SystemExit(EXIT_INTERRUPTED)
+        message = f"{text}; the report is of the others"
+        raise KeyboardInterrupt(message)
     if done.failed:
         raise SystemExit(1 if len(done.failed) == len(done.results) else EXIT_PARTLY)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lunatrain.errors import UsageError
 
-HU_WINDOW = (-1000.0, 1000.0)
+HU_WINDOW = (-1000, 1000)
 """HU that volumes are clipped to, as the book's, and a store's by default."""
 BATCH = 4
 

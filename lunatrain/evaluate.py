@@ -164,7 +164,6 @@ def evaluate(  # noqa: PLR0913
     series_uids: Sequence[str] | None = None,
     num_bootstrap: int = 0,
     with_froc: bool = True,
-    notes: Sequence[str] = (),
 ) -> Evaluation:
     """All figures of a result.
 
@@ -189,8 +188,6 @@ def evaluate(  # noqa: PLR0913
         Draws of scans for the interval of FROC and CPM; 0 for none.
     with_froc : bool
         False where the crops are not all of their scans': then false positives a scan mean nothing.
-    notes : sequence of str
-        What is known of the rows already.
 
     Raises
     ------
@@ -202,22 +199,19 @@ def evaluate(  # noqa: PLR0913
     diameters = manifest_rows["diameter_mm"].to_numpy(dtype=np.float64)
     ranking = rank_scores(positive, values)
     binary = binary_metrics(positive, probability, threshold)
-    said = [
-        *notes,
-        *(
-            f"{reason}, so there is no {', '.join(name for name, why in binary.undefined.items() if why == reason)}"
-            for reason in dict.fromkeys(binary.undefined.values())
-        ),
+    notes = [
+        f"{reason}, so there is no {', '.join(name for name, why in binary.undefined.items() if why == reason)}"
+        for reason in dict.fromkeys(binary.undefined.values())
     ]
     froc = source = None
     if label == "is_nodule" and with_froc:
         source = FROM_CANDIDATES if annotations is None else FROM_ANNOTATIONS
         froc, more = _froc(manifest_rows, values, (annotations, excluded), series_uids, num_bootstrap)
-        said += more
+        notes += more
     known = np.isfinite(diameters)
     is_sized = label == "is_malignant" and bool(known.any())
     if is_sized and not known.all():
-        said.append(f"diameter alone is judged on the {known.sum():,} of {len(known):,} crops that have one")
+        notes.append(f"diameter alone is judged on the {known.sum():,} of {len(known):,} crops that have one")
     return Evaluation(
         label,
         manifest_rows,
@@ -232,7 +226,7 @@ def evaluate(  # noqa: PLR0913
         area_under_roc(rank_scores(positive[known], diameters[known])) if is_sized else math.nan,
         froc,
         source,
-        tuple(said),
+        tuple(notes),
     )
 
 

@@ -1,7 +1,7 @@
 """Evaluate a run or a checkpoint on a store: predict, score, and write the report."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _of_two(judged: _Judged, target: str) -> Evaluation:
         raise UsageError(message)
     is_whole = judged.split != BY_CANDIDATE or options.part == "all"
     rows = select_rows(store.columns(*columns_of(judged.split, target)), judged.split, options.part, target)
-    return evaluate(
+    result = evaluate(
         store.rows(rows),
         judged.predict(rows)[:, 1],
         label=target,
@@ -139,8 +139,9 @@ def _of_two(judged: _Judged, target: str) -> Evaluation:
         series_uids=_series(store, judged.split, options.part),
         num_bootstrap=options.bootstrap,
         with_froc=is_whole,
-        notes=judged.notes if is_whole or target == MALIGNANT else (*judged.notes, NO_FROC),
     )
+    of_split = () if is_whole or target == MALIGNANT else (NO_FROC,)
+    return replace(result, notes=(*judged.notes, *of_split, *result.notes))
 
 
 def _of_classes(judged: _Judged, classes: tuple[str, ...]) -> ClassEvaluation:

@@ -12,6 +12,9 @@ from .conftest import Figure, files_of
 from .fault_cases import SLOW_CASES, Case, make_case
 from .fault_driver import CALLS, Driver, need_strace, points, spread
 
+NOTES = 3
+"""How often the notes on seen scans may be written less: once after each shard."""
+
 
 @pytest.fixture(scope="module", params=SLOW_CASES)
 def case(request: pytest.FixtureRequest, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
@@ -27,16 +30,16 @@ def test_killed_at_any_system_call(case: Case, driver: Driver, tmp_path: Path, f
     assert files_of(out) == files_of(case.new)
     calls = points(log)
     assert len(calls) > 100
-    codes = []
+    most = dict(calls)
     for _, name, nth in spread(calls, figure(2, len(calls))):
         case.begin(out)
         done, _ = driver.traced(
             case.command(out), ["-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={nth}"]
         )
-        assert done.code in (-signal.SIGKILL, 0), (name, nth, done)  # 0: of some calls there are not always as many
+        # by the clock the notes on seen scans are written again after a shard, or not: the last writes may not come
+        is_last = name == "write" and nth > most[name] - NOTES
+        assert done.code == -signal.SIGKILL or (is_last and done.code == 0), (name, nth, done)
         case.check(out, (name, nth))
-        codes.append(done.code)
-    assert codes.count(0) < len(codes) / 20 + 1
 
 
 @pytest.mark.soak  # quick: test_workers_of_a_killed_build_end_by_themselves

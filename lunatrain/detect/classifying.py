@@ -12,7 +12,7 @@ from torch import nn
 from lunaprep.crops import Triple, cut_crop, resample_crop, sample_starts, step_of, window_starts
 from lunatrain.checkpoint import load_checkpoint
 from lunatrain.crop_kind import CropKind, kind_of_model
-from lunatrain.detect.reading import HU_RANGE
+from lunatrain.dense import HU_WINDOW
 from lunatrain.errors import UsageError
 from lunatrain.models import prepare_for
 from lunatrain.training import best_of, load_model
@@ -46,7 +46,7 @@ def load_classifier(place: Path, device: torch.device) -> Classifier:
     """
     path = best_of(place)
     kind = BOOK_CROP if path.suffix == ".state" else _crop_kind(path)
-    (low, high), (lowest, highest) = kind.hu, HU_RANGE
+    (low, high), (lowest, highest) = kind.hu, HU_WINDOW
     if low < lowest or high > highest:
         message = (
             f"{path} was trained on HU {low} to {high}, the detector keeps {lowest} to {highest} only. "
@@ -104,7 +104,7 @@ def classify(
 ) -> npt.NDArray[np.float64]:
     """Probability of class 1 for a candidate at each place, (n,) float64; parameters as of `cut_crops`."""
     device, kind = next(classifier.model.parameters()).device, classifier.crops
-    if kind.hu != HU_RANGE:
+    if kind.hu != HU_WINDOW:
         hu = np.clip(hu, *kind.hu)
     parts = [np.empty(0)]
     for start in range(0, len(centers_irc), BATCH):

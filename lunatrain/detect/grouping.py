@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from lunatrain.detect.reading import HU_RANGE
+from lunatrain.dense import HU_WINDOW
 from lunatrain.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -271,7 +271,7 @@ def _component_sums(
     values = probability.ravel()[flat].astype(np.float64)
     weights = np.ones_like(values) if weight in ("none", "intensity") else values
     if hu is not None and weight in ("intensity", "both"):
-        low, high = HU_RANGE
+        low, high = HU_WINDOW
         weights = weights * (np.clip(hu.ravel()[flat].astype(np.float64), low, high) - low + 1.0)
     index = np.unravel_index(flat, labels.shape)
     highest = np.zeros(number)

@@ -14,13 +14,11 @@ import numpy.typing as npt
 from lunaprep.errors import ScanError
 from lunaprep.scans.open import SUFFIXES, iter_slabs, open_scan
 from lunaprep.scans.scan import Scan
+from lunatrain.dense import HU_WINDOW
 from lunatrain.errors import UsageError
 
 if TYPE_CHECKING:
     from lunaprep.scans.dicom import DicomScan, DicomSeries
-
-HU_RANGE = (-1000, 1000)
-"""What voxels are clipped to, as a store's are by default."""
 
 MAX_VOXELS = 2**29
 """The detector holds some 12 bytes for each voxel; LUNA16's largest scan has 2.0e8."""
@@ -127,7 +125,7 @@ def open_input(item: Input) -> AnyScan:
 
 
 def read_volume(scan: AnyScan, min_slices: int) -> Volume:
-    """Read a scan, clipped to `HU_RANGE`, slab by slab into one int16 array.
+    """Read a scan, clipped to `HU_WINDOW`, slab by slab into one int16 array.
 
     Parameters
     ----------
@@ -178,8 +176,8 @@ def _check_values(scan: AnyScan, seen: _Seen, size: int) -> None:
 
 
 def _clipped(slab: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Values within `HU_RANGE`, fractions rounded; numpy refuses limits that the type cannot hold."""
-    low, high = HU_RANGE
+    """Values within `HU_WINDOW`, fractions rounded; numpy refuses limits that the type cannot hold."""
+    low, high = HU_WINDOW
     if slab.dtype.kind == "f":
         return np.asarray(np.rint(np.clip(slab, low, high)))
     return np.asarray(np.clip(slab, max(low, int(np.iinfo(slab.dtype).min)), high))

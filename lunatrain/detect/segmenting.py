@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from lunaprep.errors import ScanError
-from lunatrain.dense import channels_of, read_slabs, window_of
+from lunatrain.dense import HU_WINDOW, channels_of, read_slabs, window_of
 from lunatrain.detect.grouping import Triple, near
-from lunatrain.detect.reading import HU_RANGE, AnyScan
+from lunatrain.detect.reading import AnyScan
 from lunatrain.errors import UsageError
 
 BATCH_PIXELS = 1 << 18
@@ -172,7 +172,7 @@ def check_window(model: nn.Module, name: str = "the segmentation") -> None:
     UsageError
         It has.
     """
-    (low, high), (lowest, highest) = window_of(model), HU_RANGE
+    (low, high), (lowest, highest) = window_of(model), HU_WINDOW
     if low < lowest or high > highest:
         message = (
             f"{name} was trained on HU {low:g} to {high:g}, the detector keeps {lowest} to {highest} only. "

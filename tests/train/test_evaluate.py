@@ -240,8 +240,8 @@ def test_text_fits_a_terminal_with_the_counts_of_luna16() -> None:
 
 def test_text_says_what_a_reader_must_know() -> None:
     rows, probability = manifest(SMALL)
-    text = evaluate(rows, probability, series_uids=["s1", "s2"], notes=["a note of the caller's"]).text()
-    assert "\nnote: a note of the caller's\nnote: FROC and CPM are an upper bound" in text
+    text = evaluate(rows, probability, series_uids=["s1", "s2"]).text()
+    assert "\nnote: FROC and CPM are an upper bound" in text
     assert "marks on them count as false positives" in text.replace("\n      ", " ")
     assert max(map(len, text.splitlines())) <= 90
     assert "found at 0.5" in text  # by diameter: not the nodules that FROC finds at any threshold
